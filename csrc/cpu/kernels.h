@@ -1,0 +1,107 @@
+// The CPU core's one interface. Above it: bindings_cpu.cpp. Below it: one table of kernels per
+// instruction set.
+//
+//   bindings_cpu.cpp ── whole-tensor functions below ── dispatch.cpp: threads, scratch, choice
+//                                                            │
+//            Kernels: one serial range each ─────────────────┼─ tier_portable.cpp  16-byte vectors
+//                                                            ├─ tier_avx2.cpp      AVX2 FMA F16C
+//                                                            └─ tier_avx512.cpp    F BW DQ VL VBMI2
+//
+// Kernels are serial and allocate nothing; threads and scratch live in dispatch.cpp alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../layout.h"
+
+namespace sparsekern::cpu {
+
+// y[M, N] = activation(x[M, K] · weight[N, K]^T + bias[N]); x is strided in elements, the rest is
+// contiguous.
+struct Linear24 {
+  const void* x;
+  int64_t x_stride_m, x_stride_k;
+  const void* values;   // [N, K/2]
+  const uint8_t* meta;  // [N, ceil(K/8)]
+  const void* bias;     // [N] or null
+  void* y;              // [M, N]
+  int64_t M, N, K;
+  DType dtype;
+  Activation activation;
+};
+
+// Some rows of x as fp32, transposed: panel[k][lane] is x[m0 + lane][k]; lanes past `rows` hold 0.
+struct Panel {
+  const float* data;
+  int64_t m0;
+  int rows;   // 1..lanes
+  int lanes;  // a panel width of the tier
+};
+constexpr int kPassRows =
+    512;  // rows of x per pass over the weight; bounds the scratch to 512 * K fp32
+
+// One instruction set's kernels. Every function works on the range it is given and touches nothing
+// else.
+struct Kernels {
+  const char* isa;
+  // linear_24, few rows of x: xf[M, K] is x as contiguous fp32. Computes columns [n0, n1) of y.
+  void (*linear_24_rows)(const Linear24&, const float* xf, int64_t n0, int64_t n1);
+  // linear_24, many rows: columns [n0, n1) of y for the rows of x in `panels`.
+  void (*linear_24_panels)(const Linear24&, const Panel* panels, int count, int64_t n0, int64_t n1);
+  int max_rows;              // M up to which linear_24_rows is the faster of the two
+  int max_lanes, min_lanes;  // widest and narrowest panel; widths in between double
+  // zvc, one tile of at most 4096 elements of `size` bytes.
+  int64_t (*zvc_mask)(const void* x, int64_t n, int size, uint8_t* mask);  // returns the non-zeros
+  void (*zvc_compress)(const void* x, const uint8_t* mask, int64_t n, int size,
+                       void* values);  // room for n, +64 B
+  void (*zvc_expand)(const void* values, const uint8_t* mask, int64_t n, int size,
+                     void* x);  // readable to +64 B
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// ---- whole tensors; called by the bindings with the GIL released ----
+
+void linear_24(const Linear24& args, int threads);
+
+// weight, out, dense: [rows, K]; values: [rows, K/2]; meta: [rows, ceil(K/8)]; all contiguous, K %
+// 4 == 0.
+void prune_24(const void* weight, void* out, int64_t rows, int64_t K, DType dtype, int threads);
+void pack_24(const void* weight, void* values, uint8_t* meta, int64_t rows, int64_t K, DType dtype,
+             int threads);
+void unpack_24(const void* values, const uint8_t* meta, void* dense, int64_t rows, int64_t K,
+               DType dtype, int threads);
+void gather_24(const void* dense, const uint8_t* meta, void* values, int64_t rows, int64_t K,
+               DType dtype, int threads);
+void prune_24_transposable(const void* weight, void* out, int64_t rows, int64_t K, DType dtype,
+                           int threads);
+
+// Writes mask[ceil(n/8)] and offsets[ceil(n/4096)] of x and returns the number of non-zero
+// elements.
+int64_t zvc_index(const void* x, int64_t n, int size, uint8_t* mask, int64_t* offsets, int threads);
+// Writes the non-zeros, those below place `room` only.
+void zvc_compress(const void* x, int64_t n, int size, const uint8_t* mask, const int64_t* offsets,
+                  void* values, int64_t room, int threads);
+// Returns an empty string, or what is wrong with the stream. Reads mask and offsets only.
+std::string zvc_check(const uint8_t* mask, const int64_t* offsets, int64_t n, int64_t values,
+                      int threads);
+// Requires a stream that zvc_check accepts.
+void zvc_expand(const uint8_t* mask, const void* values, int64_t values_count,
+                const int64_t* offsets, int64_t n, int size, void* x, int threads);
+
+// ---- the machine ----
+
+std::vector<std::string> isas();        // what this build and this CPU can run, best first
+std::vector<std::string> features();    // CPU features that matter here
+std::string isa();                      // the tier in use
+bool set_isa(const std::string& name);  // false when this CPU or build has no such tier
+bool has_openmp();
+
+}  // namespace sparsekern::cpu

@@ -1,0 +1,22 @@
+// Target regions: one file may hold code for an instruction set that the rest of the library must
+// not use.
+//
+// Rules that keep AVX out of the baseline (a per-file -mavx512f let the linker hand zmm code to
+// baseline callers):
+//   * standard headers, layout.h and convert.h are included before a region opens;
+//   * inside a region everything is either in an unnamed namespace or a template on that tier's tag
+//   type, so that
+//     no two tiers ever share a symbol.
+#pragma once
+
+#define SPARSEKERN_PRAGMA(text) _Pragma(#text)
+
+#if defined(__x86_64__) && defined(__clang__)
+#define SPARSEKERN_TARGET_BEGIN(isa) \
+  SPARSEKERN_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define SPARSEKERN_TARGET_END SPARSEKERN_PRAGMA(clang attribute pop)
+#elif defined(__x86_64__)
+#define SPARSEKERN_TARGET_BEGIN(isa) \
+  SPARSEKERN_PRAGMA(GCC push_options) SPARSEKERN_PRAGMA(GCC target(isa))
+#define SPARSEKERN_TARGET_END SPARSEKERN_PRAGMA(GCC pop_options)
+#endif

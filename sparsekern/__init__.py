@@ -1,0 +1,39 @@
+"""sparsekern: 2:4 sparse linear layers and zero-value compression for PyTorch."""
+
+from importlib.metadata import version as _version
+
+from .nn import SparseLinear, sparsify_
+from .ops import (
+    check_24,
+    is_24,
+    linear_24,
+    linear_24_prepacked,
+    pack_24,
+    prepack_24,
+    prune_24,
+    prune_24_transposable,
+    unpack_24,
+    unpack_zvc,
+    unprepack_24,
+)
+from .zvc import PackedZVC, pack_zvc
+
+__version__ = _version("sparsekern")
+
+__all__ = [
+    "PackedZVC",
+    "SparseLinear",
+    "check_24",
+    "is_24",
+    "linear_24",
+    "linear_24_prepacked",
+    "pack_24",
+    "pack_zvc",
+    "prepack_24",
+    "prune_24",
+    "prune_24_transposable",
+    "sparsify_",
+    "unpack_24",
+    "unpack_zvc",
+    "unprepack_24",
+]

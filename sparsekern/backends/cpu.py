@@ -1,0 +1,244 @@
+"""The compiled CPU back end: torch tensors to addresses for ``csrc/cpu``. No arithmetic here.
+
+The instruction set is chosen by CPU feature; ``SPARSEKERN_CPU_ISA`` (portable, avx2, avx512)
+overrides.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..ops import ACTIVATIONS, FORMAT_DTYPES, ZVC_DTYPES
+from ..reference import split_packed
+
+try:
+    from .. import _cpu
+
+    _missing = None
+except ImportError as error:
+    _cpu = None
+    _missing = (
+        f"sparsekern was installed without its compiled core ({error}); "
+        "install a C++17 compiler and reinstall"
+    )
+
+# Codes of csrc/layout.h's DType and Activation.
+_DTYPE = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float64: 3,
+    torch.int8: 4,
+    torch.uint8: 5,
+}
+_ACTIVATION = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+_PRODUCTS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+SERVES = {
+    "prune_24": FORMAT_DTYPES,
+    "prune_24_transposable": FORMAT_DTYPES,
+    "pack_24": FORMAT_DTYPES,
+    "unpack_24": FORMAT_DTYPES,
+    "gather_24": FORMAT_DTYPES,
+    "linear_24": _PRODUCTS,
+    "linear_24_dx": _PRODUCTS,
+    "linear_24_dvalues": _PRODUCTS,
+    "linear_24_prepacked": _PRODUCTS,
+    "pack_zvc": ZVC_DTYPES,
+    "pack_zvc_out": ZVC_DTYPES,
+    "unpack_zvc": ZVC_DTYPES,
+}
+
+
+def unavailable(device: torch.device) -> str | None:
+    return _missing
+
+
+def isa() -> str:
+    """The instruction-set tier in use."""
+    return _cpu.isa()
+
+
+def isas() -> list[str]:
+    """The tiers this build and CPU can run, best first."""
+    return _cpu.isas()
+
+
+def set_isa(name: str) -> None:
+    """Switch the tier for the whole process. For tests and measurements."""
+    if not _cpu.set_isa(name):
+        here = ", ".join(_cpu.isas())
+        raise ValueError(f"SPARSEKERN_CPU_ISA is {name!r}; this machine takes one of {here}")
+
+
+if _cpu is not None and os.environ.get("SPARSEKERN_CPU_ISA"):
+    set_isa(os.environ["SPARSEKERN_CPU_ISA"])
+
+_threads = torch.get_num_threads
+
+
+# ---- 2:4 formats ----
+
+
+def _map_24(kernel, weight: Tensor) -> Tensor:
+    weight = weight.contiguous()
+    out = torch.empty_like(weight)
+    K = weight.shape[-1]
+    rows = weight.numel() // K if K else 0
+    kernel(weight.data_ptr(), out.data_ptr(), rows, K, _DTYPE[weight.dtype], _threads())
+    return out
+
+
+def prune_24(weight: Tensor) -> Tensor:
+    return _map_24(_cpu.prune_24, weight)
+
+
+def prune_24_transposable(weight: Tensor) -> Tensor:
+    return _map_24(_cpu.prune_24_transposable, weight)
+
+
+def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous()
+    N, K = weight.shape
+    values, meta = (
+        weight.new_empty(N, K // 2),
+        weight.new_empty((N, (K + 7) // 8), dtype=torch.uint8),
+    )
+    _cpu.pack_24(
+        weight.data_ptr(),
+        values.data_ptr(),
+        meta.data_ptr(),
+        N,
+        K,
+        _DTYPE[weight.dtype],
+        _threads(),
+    )
+    return values, meta
+
+
+def unpack_24(values: Tensor, meta: Tensor) -> Tensor:
+    values, meta = values.contiguous(), meta.contiguous()
+    N, K = values.shape[0], 2 * values.shape[1]
+    dense = values.new_empty(N, K)
+    _cpu.unpack_24(
+        values.data_ptr(), meta.data_ptr(), dense.data_ptr(), N, K, _DTYPE[values.dtype], _threads()
+    )
+    return dense
+
+
+def gather_24(dense: Tensor, meta: Tensor) -> Tensor:
+    dense, meta = dense.contiguous(), meta.contiguous()
+    N, K = dense.shape
+    values = dense.new_empty(N, K // 2)
+    _cpu.gather_24(
+        dense.data_ptr(), meta.data_ptr(), values.data_ptr(), N, K, _DTYPE[dense.dtype], _threads()
+    )
+    return values
+
+
+# ---- 2:4 products ----
+
+
+def linear_24(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    N, half = values.shape
+    y = x.new_empty((*x.shape[:-1], N))
+    rows = x if x.dim() == 2 else x.reshape(-1, 2 * half)
+    # Held by name until the kernel returns: a temporary's memory would be free for reuse while it
+    # runs.
+    values, meta = values.contiguous(), meta.contiguous()
+    bias = bias.contiguous() if bias is not None else None
+    _cpu.linear_24(
+        rows.data_ptr(),
+        rows.stride(0),
+        rows.stride(1),
+        values.data_ptr(),
+        meta.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        rows.shape[0],
+        N,
+        2 * half,
+        _DTYPE[x.dtype],
+        _ACTIVATION[activation],
+        _threads(),
+    )
+    return y
+
+
+def linear_24_dx(dy: Tensor, values: Tensor, meta: Tensor) -> Tensor:
+    return dy @ unpack_24(values, meta)
+
+
+def linear_24_dvalues(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
+    return gather_24(dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]), meta)
+
+
+def linear_24_prepacked(
+    x: Tensor, packed: Tensor, N: int, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    # No layout has been measured to pay on the CPU: prepack_24 is the reference's identity.
+    return linear_24(
+        x, *split_packed(packed.contiguous(), N, x.shape[-1], x.dtype), bias, activation
+    )
+
+
+# ---- zero-value compression ----
+
+
+def _index(x: Tensor, mask: Tensor, offsets: Tensor) -> int:
+    return _cpu.zvc_index(
+        x.data_ptr(), x.numel(), x.element_size(), mask.data_ptr(), offsets.data_ptr(), _threads()
+    )
+
+
+def _compress(x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor) -> None:
+    _cpu.zvc_compress(
+        x.data_ptr(),
+        x.numel(),
+        x.element_size(),
+        mask.data_ptr(),
+        offsets.data_ptr(),
+        values.data_ptr(),
+        values.numel(),
+        _threads(),
+    )
+
+
+def pack_zvc(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    n = x.numel()
+    mask = x.new_empty((n + 7) // 8, dtype=torch.uint8)
+    offsets = x.new_empty((n + 4095) // 4096, dtype=torch.int64)
+    values = x.new_empty(_index(x, mask, offsets))
+    _compress(x, mask, offsets, values)
+    return mask, values, offsets
+
+
+def pack_zvc_out(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, count: Tensor) -> None:
+    x = x.contiguous()
+    count.fill_(_index(x, mask, offsets))
+    _compress(x, mask, offsets, values)
+
+
+def unpack_zvc(mask: Tensor, values: Tensor, offsets: Tensor, size: list[int]) -> Tensor:
+    mask, values, offsets = mask.contiguous(), values.contiguous(), offsets.contiguous()
+    out = values.new_empty(size)
+    n, stored = out.numel(), values.numel()
+    if error := _cpu.zvc_check(mask.data_ptr(), offsets.data_ptr(), n, stored, _threads()):
+        raise ValueError(f"unpack_zvc: {error}")
+    _cpu.zvc_expand(
+        mask.data_ptr(),
+        values.data_ptr(),
+        stored,
+        offsets.data_ptr(),
+        n,
+        values.element_size(),
+        out.data_ptr(),
+        _threads(),
+    )
+    return out

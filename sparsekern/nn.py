@@ -1,0 +1,443 @@
+"""SparseLinear, a drop-in for nn.Linear with a 2:4 weight, and sparsify_, which swaps a model's layers in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+
+_ops = torch.ops.sparsekern
+
+
+class SparseLinear(nn.Module):
+    """``y = x · Wᵀ + b`` with a 2:4 weight held as ``values`` and ``meta``: 9/16 of the bytes in 16 bits.
+
+    Works wherever ``nn.Linear`` does: training (gradients for x, values and bias; an optimiser
+    moves `values`, the pattern stays), ``state_dict`` and safetensors (plain tensors), ``.to``,
+    ``.half()``, deepcopy, pickle, autocast, ``torch.compile`` and ``torch.export``. Any
+    `in_features`: the weight is padded inside to a multiple of 4.
+
+    A ``state_dict`` with a dense ``weight`` (an nn.Linear's) loads if that weight is 2:4.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        bias: learn an additive bias.
+        device, dtype: of the parameters.
+
+    Attributes:
+        values: Parameter ``[out_features, K/2]``, K being in_features rounded up to a multiple of
+            4.
+        meta: uint8 buffer ``[out_features, ceil(K/8)]``.
+        bias: Parameter ``[out_features]`` or None.
+
+    >>> layer = SparseLinear(8, 2)
+    >>> layer(torch.ones(3, 8)).shape, layer.weight.count_nonzero(dim=1)
+    (torch.Size([3, 2]), tensor([4, 4]))
+    """
+
+    __constants__ = ("in_features", "out_features")
+    in_features: int
+    out_features: int
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        K = _padded(in_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.values = nn.Parameter(torch.empty(out_features, K // 2, device=device, dtype=dtype))
+        self.register_buffer(
+            "meta", torch.empty(out_features, (K + 7) // 8, device=device, dtype=torch.uint8)
+        )
+        self.register_buffer("packed", None, persistent=False)  # the inference form, see prepack()
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation, pruned to 2:4."""
+        dense = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            self.values.device,
+            self.values.dtype,
+        )
+        self._assign(dense.weight.detach())
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(dense.bias)
+
+    @torch.no_grad()
+    def _assign(self, weight: Tensor) -> None:
+        """Take the two largest of each four of a dense weight, in place."""
+        values, meta = _ops.pack_24(_pad(weight))
+        self.values.copy_(values)
+        self.meta.copy_(meta)
+
+    # ---- to and from nn.Linear ----
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, prune: bool = True) -> SparseLinear:
+        """A SparseLinear with the weight of an nn.Linear, on its device, in its dtype and mode.
+
+        Args:
+            linear: stays as it is.
+            prune: keep the two largest magnitudes of every four. Otherwise the weight must be 2:4
+                already.
+
+        Raises:
+            ValueError: `prune` is false and the weight is not 2:4; names the row and group.
+            TypeError: the weight's dtype has no product.
+        """
+        weight = linear.weight
+        ops._check_dtype(
+            "SparseLinear.from_linear", "linear.weight", weight.dtype, ops.PRODUCT_DTYPES
+        )
+        values, meta = ops.pack_24(_pad(weight.detach()), prune=prune or weight.is_meta)
+        layer = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, "meta", weight.dtype
+        )
+        layer.values = nn.Parameter(values, requires_grad=weight.requires_grad)
+        layer.meta = meta
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(
+                linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad
+            )
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The same layer as an nn.Linear with a dense weight; values and bias are copied."""
+        values, bias = self._canonical()[0], self.bias
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias is not None, "meta", values.dtype
+        )
+        linear.weight = nn.Parameter(
+            self.weight.detach().clone(), requires_grad=self._values.requires_grad
+        )
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        return linear.train(self.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``[out_features, in_features]``, computed at each access; differentiable in `values`."""
+        return _ops.unpack_24(*self._canonical())[:, : self.in_features]
+
+    # ---- the inference form ----
+
+    @property
+    def prepacked(self) -> bool:
+        """Whether the weight is held in the device's own layout."""
+        return self.packed is not None
+
+    def prepack(self) -> SparseLinear:
+        """Turn into the inference form, in place: the layout this device multiplies fastest, instead of `values` and
+        `meta`, never beside them. ``state_dict`` stays the same; ``train()`` turns it back."""
+        if not self.prepacked and not self.values.is_meta:
+            self.packed = _ops.prepack_24(self.values.detach(), self.meta)
+            parameter = self._parameters.pop("values")
+            self.__dict__["_emptied"] = (
+                parameter  # keeps its identity, so that an optimiser's reference stays valid
+            )
+            parameter.data = parameter.data.new_empty(0)
+            del self._buffers["meta"]
+        return self.eval()
+
+    def unprepack(self) -> SparseLinear:
+        """Turn back into the form that trains: `values` and `meta`, in place."""
+        if self.prepacked:
+            values, meta = self._canonical()
+            parameter = self.__dict__.pop("_emptied")
+            parameter.data = values
+            self._parameters["values"] = parameter
+            self._buffers["meta"] = meta
+            self.packed = None
+        return self
+
+    @property
+    def _values(self) -> nn.Parameter:
+        return self.__dict__["_emptied"] if self.prepacked else self.values
+
+    def _canonical(self) -> tuple[Tensor, Tensor]:
+        if not self.prepacked:
+            return self.values, self.meta
+        return _ops.unprepack_24(
+            self.packed, self.out_features, _padded(self.in_features), self._values.dtype
+        )
+
+    def train(self, mode: bool = True) -> SparseLinear:
+        if mode:
+            self.unprepack()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        # .to, .half, .cuda: the opaque layout belongs to one device and dtype, so it is undone and
+        # done again.
+        prepacked, training = self.prepacked, self.training
+        self.unprepack()
+        super()._apply(fn, recurse)
+        if prepacked:
+            self.prepack().training = training
+        return self
+
+    def __getstate__(self) -> dict:
+        # For pickle and deepcopy: the canonical form, with a note to prepack again.
+        if not self.prepacked:
+            return self.__dict__.copy()
+        values, meta = self._canonical()
+        state = self.__dict__.copy()
+        emptied = state.pop("_emptied")
+        state["_parameters"] = self._parameters | {
+            "values": nn.Parameter(values, emptied.requires_grad)
+        }
+        state["_buffers"] = self._buffers | {"meta": meta, "packed": None}
+        state["_prepack"] = True
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        prepack = state.pop("_prepack", False)
+        super().__setstate__(state)
+        if prepack:
+            self.prepack()
+
+    def __getattr__(self, name: str):
+        if name in ("values", "meta") and self.__dict__.get("_emptied") is not None:
+            raise AttributeError(
+                f"this SparseLinear is prepacked and holds no `{name}`; call unprepack() first"
+            )
+        return super().__getattr__(name)
+
+    # ---- state_dict: always values, meta, bias ----
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepacked:
+            values, meta = self._canonical()
+            destination[prefix + "values"] = values
+            destination[prefix + "meta"] = meta
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        prepacked = self.prepacked
+        self.unprepack()
+        state_dict = dict(state_dict)  # what is changed below is for this layer alone
+        try:
+            self._check_loaded(state_dict, prefix)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix or 'SparseLinear: '}{error}")
+        else:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        if prepacked:
+            self.prepack()
+
+    def _check_loaded(self, state_dict: dict, prefix: str) -> None:
+        """Pack a dense weight; refuse a packed one that is not legal."""
+        dense, values, meta = prefix + "weight", prefix + "values", prefix + "meta"
+        if dense in state_dict and values not in state_dict:
+            weight = state_dict.pop(dense)
+            if tuple(weight.shape) != (self.out_features, self.in_features):
+                raise ValueError(
+                    f"weight has shape {tuple(weight.shape)}; it takes {(self.out_features, self.in_features)}"
+                )
+            state_dict[values], state_dict[meta] = ops.pack_24(_pad(weight.detach()))
+        elif values in state_dict and meta in state_dict and not state_dict[meta].is_meta:
+            ops.check_24(state_dict[values], state_dict[meta])
+
+    # ---- the product ----
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_features % 4:
+            x = F.pad(x, (0, -self.in_features % 4))
+        if self.packed is None:
+            return _ops.linear_24(x, self.values, self.meta, self.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(
+                self.bias.dtype if self.bias is not None else self._values.dtype
+            )  # the layout has one dtype
+        return _ops.linear_24_prepacked(x, self.packed, self.out_features, self.bias)
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}"
+        text += f", bias={self.bias is not None}"
+        return text + ", prepacked=True" if self.prepacked else text
+
+
+def _padded(in_features: int) -> int:
+    return (in_features + 3) // 4 * 4
+
+
+def _pad(weight: Tensor) -> Tensor:
+    return F.pad(weight, (0, -weight.shape[-1] % 4)) if weight.shape[-1] % 4 else weight
+
+
+# ---- a whole model ----
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What sparsify_ did with one layer. `reason` is empty where it was swapped; bytes are those of the weight."""
+
+    name: str
+    shape: tuple[int, int]
+    swapped: bool
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+
+class SparsifyReport(list[LayerReport]):
+    """The layers of a model, in order; printing it gives a table."""
+
+    @property
+    def swapped(self) -> list[LayerReport]:
+        return [layer for layer in self if layer.swapped]
+
+    @property
+    def skipped(self) -> list[LayerReport]:
+        return [layer for layer in self if not layer.swapped]
+
+    def __str__(self) -> str:
+        before, after = (sum(getattr(r, f) for r in self) for f in ("bytes_before", "bytes_after"))
+        width = max([len(r.name) for r in self], default=0)
+        lines = [
+            f"{r.name:<{width}}  {r.shape[0]:>6} x {r.shape[1]:<6}  "
+            + (
+                f"2:4, {r.bytes_before} to {r.bytes_after} bytes"
+                if r.swapped
+                else f"left alone: {r.reason}"
+            )
+            for r in self
+        ]
+        return "\n".join(
+            [
+                *lines,
+                f"{len(self.swapped)} of {len(self)} layers swapped, {before} to {after} bytes",
+            ]
+        )
+
+
+def sparsify_(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    prune: bool = True,
+    prepack: bool = False,
+) -> SparsifyReport:
+    """Swap the nn.Linear layers of a model for SparseLinear, in place.
+
+    A layer is left alone, with the reason in the report, where a swap would change more than its
+    speed: a subclass of nn.Linear, a weight shared with another module or parametrized, hooks that
+    expect the old layer, a dtype without a product, or a parent that reads ``weight`` directly (the
+    output projection of nn.MultiheadAttention). nn.TransformerEncoderLayer keeps its layers'
+    results, but not its fused inference path, which reads dense weights.
+
+    Args:
+        model: changed in place. If it is itself an nn.Linear, use ``SparseLinear.from_linear``.
+        filter_fn: called with (layer, its qualified name); False leaves the layer alone.
+        prune: prune each weight to 2:4 by magnitude. Otherwise a layer that is not 2:4 is an error,
+            and the model is left as it was.
+        prepack: turn the new layers into their inference form.
+
+    Returns:
+        A :class:`SparsifyReport`, one :class:`LayerReport` per nn.Linear.
+
+    Raises:
+        TypeError: `model` is an nn.Linear.
+        ValueError: `prune` is false and a weight is not 2:4; names the layer, row and group.
+
+    >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> print(sparsify_(model))
+    0      32 x 16      2:4, 2048 to 1088 bytes
+    2       4 x 32      2:4, 512 to 272 bytes
+    2 of 2 layers swapped, 2560 to 1360 bytes
+    """
+    if isinstance(model, nn.Linear):
+        raise TypeError(
+            "sparsify_: model is an nn.Linear, which cannot be swapped in place; it takes a module that "
+            "holds layers. Use SparseLinear.from_linear(layer)"
+        )
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(module))
+
+    report = SparsifyReport()
+    new_layers: dict[nn.Module, SparseLinear] = {}  # one per old layer, however many names it has
+    places: list[tuple[nn.Module, str, SparseLinear]] = []
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, nn.Linear):
+            continue
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        before = layer.weight.nbytes
+        reason = _reason_to_skip(layer, parent, owners)
+        if not reason and filter_fn is not None and not filter_fn(layer, name):
+            reason = "filter_fn said no"
+        if not reason and layer not in new_layers:
+            try:
+                new_layers[layer] = SparseLinear.from_linear(layer, prune=prune)
+            except ValueError as error:
+                raise ValueError(f"sparsify_: layer {name!r}: {error}") from None
+        after = before
+        if not reason:
+            new = new_layers[layer]
+            places.append((parent, child, new))
+            after = new.values.nbytes + new.meta.nbytes
+        report.append(
+            LayerReport(name, tuple(layer.weight.shape), not reason, reason, before, after)
+        )
+
+    for parent, child, new in places:
+        setattr(parent, child, new)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = (
+                0  # torch's switch for the fused path that reads linear1.weight
+            )
+    if prepack:
+        for new in new_layers.values():
+            new.prepack()
+    return report
+
+
+def _reason_to_skip(layer: nn.Linear, parent: nn.Module, owners: dict[int, set[int]]) -> str:
+    if type(layer) is not nn.Linear:
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight directly"
+        return f"a subclass of nn.Linear ({type(layer).__name__})"
+    if "weight" not in layer._parameters or nn.utils.parametrize.is_parametrized(layer):
+        return "its weight is parametrized"
+    if layer.weight.dtype not in ops.PRODUCT_DTYPES:
+        return f"no 2:4 product for {layer.weight.dtype}"
+    shared = [
+        name for name, p in layer._parameters.items() if p is not None and len(owners[id(p)]) > 1
+    ]
+    if shared:
+        return f"its {shared[0]} is shared with another module"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(layer, name) for name in hooks):
+        return "it has hooks, which would be lost"
+    return ""
