@@ -269,15 +269,14 @@ class SparseLinear(nn.Module):
 
     # ---- the product ----
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.in_features % 4:
-            x = F.pad(x, (0, -self.in_features % 4))
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.pad(input, (0, -self.in_features % 4)) if self.in_features % 4 else input
         if self.packed is None:
             return _ops.linear_24(x, self.values, self.meta, self.bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(
-                self.bias.dtype if self.bias is not None else self._values.dtype
-            )  # the layout has one dtype
+                self._values.dtype
+            )  # the device's layout has one dtype, autocast cannot change it
         return _ops.linear_24_prepacked(x, self.packed, self.out_features, self.bias)
 
     def extra_repr(self) -> str:
