@@ -119,5 +119,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &cpu::isa, "The tier in use.");
   m.def("set_isa", &cpu::set_isa, "Switch the tier; False when there is no such tier here.");
   m.def("features", &cpu::features, "CPU features the kernels ask for.");
+  m.def("sanitized", &cpu::sanitized, "Whether the address sanitizer is built in.");
   m.def("has_openmp", &cpu::has_openmp, "Whether the build is threaded.");
 }

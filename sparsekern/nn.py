@@ -423,12 +423,12 @@ def sparsify_(
 
 
 def _reason_to_skip(layer: nn.Linear, parent: nn.Module, owners: dict[int, set[int]]) -> str:
+    if "weight" not in layer._parameters or nn.utils.parametrize.is_parametrized(layer):
+        return "its weight is parametrized"
     if type(layer) is not nn.Linear:
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight directly"
         return f"a subclass of nn.Linear ({type(layer).__name__})"
-    if "weight" not in layer._parameters or nn.utils.parametrize.is_parametrized(layer):
-        return "its weight is parametrized"
     if layer.weight.dtype not in ops.PRODUCT_DTYPES:
         return f"no 2:4 product for {layer.weight.dtype}"
     shared = [

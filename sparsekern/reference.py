@@ -55,16 +55,19 @@ def _meta_positions(meta: Tensor, groups: int) -> Tensor:
     """meta [N, ceil(K/8)] to positions int64 [N, K/4, 2]."""
     shifts = torch.arange(0, 8, 2, device=meta.device, dtype=torch.uint8)
     fields = (meta.unsqueeze(-1) >> shifts) & 3  # four two-bit fields a byte, lowest first
-    return fields.reshape(meta.shape[0], -1, 2)[:, :groups].to(torch.int64)
+    return fields.reshape(meta.shape[0], 2 * meta.shape[1], 2)[:, :groups].to(torch.int64)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., K] as [M, K], without a copy where the strides allow; M and K may be zero."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 # ---- 2:4 formats ----
 
 
 def prune_24(weight: Tensor) -> Tensor:
-    K = weight.shape[-1]
-    rows = weight.reshape(weight.numel() // max(K, 1), K)
-    return unpack_24(*pack_24(rows)).reshape(weight.shape)
+    return unpack_24(*pack_24(rows_of(weight))).reshape(weight.shape)
 
 
 def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,15 +150,15 @@ def linear_24_dx(dy: Tensor, values: Tensor, meta: Tensor) -> Tensor:
 
 
 def linear_24_dvalues(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
-    dense = dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-    return gather_24(dense, meta)
+    return gather_24(rows_of(dy).mT @ rows_of(x), meta)
 
 
 # Prepacking is the identity here: the bytes of values, then those of meta.
 
 
 def split_packed(packed: Tensor, N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The two parts of an identity-prepacked weight, as views."""
+    """The two parts of an identity-prepacked weight, as views of it if it is contiguous."""
+    packed = packed.contiguous()
     cut = N * (K // 2) * dtype.itemsize
     return packed[:cut].view(dtype).view(N, K // 2), packed[cut:].view(N, -(-K // 8))
 

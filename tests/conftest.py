@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,16 @@ def pytest_addoption(parser):
         default=Path(__file__).parents[2] / "shared" / "data",
         help="folder with real data that is not in the repository: mnist.npz in Keras's layout",
     )
+    parser.addoption(
+        "--sanitized",
+        action="store_true",
+        help="insist that the compiled core in use was built with sanitizers (make sanitize)",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--sanitized") and not (COMPILED and cpu.sanitized()):
+        raise pytest.UsageError("--sanitized: the core in use was built without sanitizers")
 
 
 def mnist(config) -> Path:

@@ -352,4 +352,14 @@ bool has_openmp() {
 #endif
 }
 
+bool sanitized() {
+#if defined(__SANITIZE_ADDRESS__)
+  return true;
+#elif defined(__has_feature)
+  return __has_feature(address_sanitizer);
+#else
+  return false;
+#endif
+}
+
 }  // namespace sparsekern::cpu

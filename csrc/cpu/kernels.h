@@ -103,5 +103,6 @@ std::vector<std::string> features();    // CPU features that matter here
 std::string isa();                      // the tier in use
 bool set_isa(const std::string& name);  // false when this CPU or build has no such tier
 bool has_openmp();
+bool sanitized();  // built with the address sanitizer
 
 }  // namespace sparsekern::cpu

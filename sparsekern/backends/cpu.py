@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import ACTIVATIONS, FORMAT_DTYPES, ZVC_DTYPES
-from ..reference import split_packed
+from ..reference import rows_of, split_packed
 
 try:
     from .. import _cpu
@@ -65,6 +65,11 @@ def isa() -> str:
 def isas() -> list[str]:
     """The tiers this build and CPU can run, best first."""
     return _cpu.isas()
+
+
+def sanitized() -> bool:
+    """Whether the core was built with the address sanitizer."""
+    return _cpu.sanitized()
 
 
 def set_isa(name: str) -> None:
@@ -147,7 +152,7 @@ def linear_24(
 ) -> Tensor:
     N, half = values.shape
     y = x.new_empty((*x.shape[:-1], N))
-    rows = x if x.dim() == 2 else x.reshape(-1, 2 * half)
+    rows = x if x.dim() == 2 else rows_of(x)
     # Held by name until the kernel returns: a temporary's memory would be free for reuse while it
     # runs.
     values, meta = values.contiguous(), meta.contiguous()
@@ -175,16 +180,14 @@ def linear_24_dx(dy: Tensor, values: Tensor, meta: Tensor) -> Tensor:
 
 
 def linear_24_dvalues(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
-    return gather_24(dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]), meta)
+    return gather_24(rows_of(dy).mT @ rows_of(x), meta)
 
 
 def linear_24_prepacked(
     x: Tensor, packed: Tensor, N: int, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     # No layout has been measured to pay on the CPU: prepack_24 is the reference's identity.
-    return linear_24(
-        x, *split_packed(packed.contiguous(), N, x.shape[-1], x.dtype), bias, activation
-    )
+    return linear_24(x, *split_packed(packed, N, x.shape[-1], x.dtype), bias, activation)
 
 
 # ---- zero-value compression ----

@@ -1,0 +1,71 @@
+# make demo   set everything up and run the main job on real digits
+# make test   set everything up and run the tests
+#
+# The first call makes .venv, installs the versions of constraints.txt and builds the compiled core.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+TESTS ?= tests sparsekern
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format sanitize bench readme clean
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@echo "make lint | format | sanitize | bench | readme | clean"
+
+$(VENV)/tools: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the tools into $(VENV); the first time takes minutes"
+	$(PIP) "setuptools>=77" "pybind11>=2.13" "cmake>=3.18" ninja torch
+	touch $@
+
+# In the source tree and without build isolation: a change of a source file rebuilds just that file.
+$(VENV)/installed: $(VENV)/tools setup.py CMakeLists.txt $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable ".[demo,test,dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/sparsekern demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+# The tests of the kernels on a core built with the address and undefined-behaviour sanitizers. The copy of the package
+# in build/sanitize/site comes first on the path; both runtimes are loaded before Python, which knows neither.
+SANITIZE := build/sanitize
+sanitize: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZE) -G Ninja -DSPARSEKERN_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZE)
+	rm -rf $(SANITIZE)/site && mkdir -p $(SANITIZE)/site && cp -r sparsekern $(SANITIZE)/site/
+	rm -f $(SANITIZE)/site/sparsekern/_cpu*.so && cp $(SANITIZE)/_cpu*.so $(SANITIZE)/site/sparsekern/
+	PYTHONPATH=$(CURDIR)/$(SANITIZE)/site \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/pytest -n $(JOBS) --sanitized tests/test_formats_24.py tests/test_linear_24.py tests/test_zvc.py \
+	  tests/test_fuzz.py tests/test_threads.py tests/test_reference.py
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/overhead.py
+
+# The table of the README comes from the back ends' own declarations.
+readme: $(VENV)/installed
+	$(BIN)/python benchmarks/readme_table.py
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info sparsekern/*.so .pytest_cache .ruff_cache .hypothesis
