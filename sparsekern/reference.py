@@ -21,9 +21,10 @@ from torch import Tensor
 
 ZVC_TILE = 4096
 
-# The integer type that holds the bits of an element of 1, 2, 4 or 8 bytes. Signed where torch's
-# unsigned types lack comparisons and shifts; only equality, and order after clearing the sign, are
-# used.
+# The integer type that holds the bits of an element of 1, 2, 4 or 8 bytes. Formats move elements as
+# integers: torch.where, gather and scatter take fp16 and bf16 through fp32, which alters NaNs. Signed
+# where torch's unsigned types lack comparisons and shifts; only equality, and order after clearing
+# the sign, are used.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -48,7 +49,13 @@ def _positions(weight: Tensor) -> Tensor:
 
 def _canonical(x: Tensor) -> Tensor:
     """Every zero as +0.0, so that the bytes do not depend on which zero a group named."""
-    return torch.where(_magnitude(x) == 0, torch.zeros_like(x), x)
+    return _where(_magnitude(x) != 0, x)
+
+
+def _where(keep: Tensor, x: Tensor) -> Tensor:
+    """x where `keep`, else zero; contiguous."""
+    words = _bits(x)
+    return torch.where(keep, words, torch.zeros_like(words)).contiguous().view(x.dtype)
 
 
 def _meta_positions(meta: Tensor, groups: int) -> Tensor:
@@ -63,6 +70,13 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def _gather(dense: Tensor, positions: Tensor) -> Tensor:
+    """dense [N, K] at positions [N, K/4, 2]: [N, K/2]."""
+    N, K = dense.shape
+    kept = _bits(dense).unflatten(-1, (-1, 4)).gather(-1, positions)
+    return kept.reshape(N, K // 2).view(dense.dtype)
+
+
 # ---- 2:4 formats ----
 
 
@@ -71,25 +85,24 @@ def prune_24(weight: Tensor) -> Tensor:
 
 
 def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
-    N, K = weight.shape
     positions = _positions(weight)
-    values = _canonical(weight.unflatten(-1, (-1, 4)).gather(-1, positions)).reshape(N, K // 2)
+    values = _canonical(_gather(weight, positions))
     nibbles = (positions[..., 0] | positions[..., 1] << 2).to(torch.uint8)
-    if K // 4 % 2:
+    if nibbles.shape[1] % 2:
         nibbles = F.pad(nibbles, (0, 1), value=4)  # an odd last group leaves the high half (0, 1)
-    return values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return values, (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).contiguous()
 
 
 def unpack_24(values: Tensor, meta: Tensor) -> Tensor:
     N, half = values.shape
-    dense = values.new_zeros(N, half // 2, 4)
-    dense.scatter_(-1, _meta_positions(meta, half // 2), values.unflatten(-1, (-1, 2)))
-    return dense.reshape(N, 2 * half)
+    words = _bits(values)
+    dense = words.new_zeros(N, half // 2, 4)
+    dense.scatter_(-1, _meta_positions(meta, half // 2), words.unflatten(-1, (-1, 2)))
+    return dense.reshape(N, 2 * half).view(values.dtype)
 
 
 def gather_24(dense: Tensor, meta: Tensor) -> Tensor:
-    N, K = dense.shape
-    return dense.unflatten(-1, (-1, 4)).gather(-1, _meta_positions(meta, K // 4)).reshape(N, K // 2)
+    return _gather(dense, _meta_positions(meta, dense.shape[1] // 4))
 
 
 def transposable_masks() -> Tensor:
@@ -116,7 +129,7 @@ def prune_24_transposable(weight: Tensor) -> Tensor:
     keep = (
         masks[score.argmax(-1)].permute(0, 2, 1, 3).reshape(N, K)
     )  # argmax takes the first of equals
-    return torch.where(keep, _canonical(weight), torch.zeros_like(weight))
+    return _where(keep, _canonical(weight))
 
 
 # ---- 2:4 products ----

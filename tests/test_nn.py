@@ -115,7 +115,9 @@ def test_from_linear_without_pruning_wants_a_24_weight():
 def test_an_fp8_layer_is_refused_by_name():
     linear = nn.Linear(8, 4)
     linear.weight = nn.Parameter(linear.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(TypeError, match="from_linear: linear.weight has dtype torch.float8_e4m3fn"):
+    with pytest.raises(
+        TypeError, match=r"from_linear: linear.weight has dtype torch.float8_e4m3fn"
+    ):
         sk.SparseLinear.from_linear(linear)
 
 
@@ -185,8 +187,7 @@ def test_training_a_prepacked_layer_unpacks_it_and_the_optimiser_still_holds_it(
     layer.prepack()
     assert layer.prepacked
     assert not layer.training
-    with pytest.raises(AttributeError, match="prepacked and holds no `values`"):
-        _ = layer.values
+    assert not hasattr(layer, "values")
     assert torch.equal(layer.weight, before)
     layer.train()
     assert not layer.prepacked
@@ -468,7 +469,7 @@ def test_without_pruning_an_error_leaves_the_model_as_it_was():
 
 
 def test_a_bare_linear_cannot_be_swapped_in_place():
-    with pytest.raises(TypeError, match="model is an nn.Linear"):
+    with pytest.raises(TypeError, match=r"model is an nn.Linear"):
         sk.sparsify_(nn.Linear(4, 4))
 
 

