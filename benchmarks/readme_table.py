@@ -1,6 +1,6 @@
 """Write the table of back ends into README.md, from the back ends' own declarations.
 
-    python benchmarks/readme_table.py
+python benchmarks/readme_table.py
 """
 
 from pathlib import Path

@@ -270,7 +270,7 @@ class SparseLinear(nn.Module):
         if not self.prepacked:
             return _linear_24(x, self.values, self._buffers["meta"], self.bias)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(self._values.dtype)  # the device's layout has one dtype, autocast cannot change it
+            x = x.to(self._values.dtype)  # autocast cannot change the dtype of an opaque layout
         return _linear_24_prepacked(x, self._buffers["packed"], self.out_features, self.bias)
 
     def extra_repr(self) -> str:

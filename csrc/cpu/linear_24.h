@@ -42,10 +42,12 @@ constexpr int kBlockRows = 48;
 template <class T>
 struct LinearPanels {
   using F = typename T::F;
-  static constexpr int kDepth =
-      T::kDepth;  // dense k per chunk; the panel chunk is kDepth * max lanes * 4 bytes
-  static constexpr int kKept = kDepth / 2;
   static constexpr int kMaxWidth = T::kMaxWidth;  // vectors of lanes in the widest panel
+  // Dense k per chunk: kDepth for the widest panel, so that its chunk fits L1; up to kDeepen times
+  // that for narrower ones, so that each weight row is read in longer runs.
+  static constexpr int kDepth = T::kDepth;
+  static constexpr int kDeepen = 4;
+  static constexpr int kStride = kDepth / 2 * kDeepen;  // of a decoded row, in kept elements
   static_assert(kDepth % 16 == 0, "a chunk starts on a whole byte of meta and on a whole vector");
 
   // acc[R][W vectors] += w[R][kept] * panel rows; `offset` is the float index of each panel row.
@@ -62,8 +64,8 @@ struct LinearPanels {
     for (int j = 0; j < kept; ++j) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const F weight = T::set1(w[r * kKept + j]);
-        const float* row = panel + static_cast<int64_t>(position[r * kKept + j]) * kWidth;
+        const F weight = T::set1(w[r * kStride + j]);
+        const float* row = panel + static_cast<int64_t>(position[r * kStride + j]) * kWidth;
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i)
           sum[r][i] = T::fma(weight, T::load(row + i * T::kLanes), sum[r][i]);
@@ -84,7 +86,7 @@ struct LinearPanels {
                              float* acc) {
     static_assert(kBlockRows % R == 0, "the block is whole tiles; rows past N hold zero weights");
     for (int r = 0; r < kBlockRows; r += R) {
-      multiply<R, W>(panel, w + r * kKept, position + r * kKept, kept, acc + r * W * T::kLanes);
+      multiply<R, W>(panel, w + r * kStride, position + r * kStride, kept, acc + r * W * T::kLanes);
     }
   }
 
@@ -126,24 +128,31 @@ struct LinearPanels {
   }
 
   static void run(const Linear24& a, const Panel* panels, int count, int64_t n0, int64_t n1) {
-    alignas(64) float w[kBlockRows * kKept];
-    alignas(64) int32_t position[kBlockRows * kKept];
+    alignas(64) float w[kBlockRows * kStride];
+    alignas(64) int32_t position[kBlockRows * kStride];
     alignas(64) float acc[kBlockRows * kPassRows];  // panel after panel, each [kBlockRows][lanes]
     const int64_t value_bytes = a.dtype == DType::f32 ? 4 : 2;
+    const int widest = panels[0].lanes;  // panels come widest first
+    const int deepen = kMaxWidth * T::kLanes / widest;
+    const int64_t depth = kDepth * (deepen < kDeepen ? deepen : kDeepen);
     for (int64_t n = n0; n < n1; n += kBlockRows) {
       const int rows = static_cast<int>(n1 - n < kBlockRows ? n1 - n : kBlockRows);
       std::memset(acc, 0, sizeof acc);
-      for (int64_t k = 0; k < a.K; k += kDepth) {
-        const int kept = static_cast<int>((a.K - k < kDepth ? a.K - k : kDepth) / 2);
+      for (int64_t k = 0; k < a.K; k += depth) {
+        const int kept = static_cast<int>((a.K - k < depth ? a.K - k : depth) / 2);
         for (int r = 0; r < rows; ++r) {
           const auto* values =
               static_cast<const uint8_t*>(a.values) + (n + r) * (a.K / 2) * value_bytes;
-          T::decode(values, a.meta + (n + r) * meta_bytes(a.K), k / 2, kept, a.dtype, w + r * kKept,
-                    position + r * kKept);
+          // The rows are far apart: no hardware prefetcher follows that many streams.
+          for (int64_t b = 0; b < kept * value_bytes; b += 64) {
+            __builtin_prefetch(values + (k / 2 + kept) * value_bytes + b, 0, 2);
+          }
+          T::decode(values, a.meta + (n + r) * meta_bytes(a.K), k / 2, kept, a.dtype,
+                    w + r * kStride, position + r * kStride);
         }
         for (int r = rows; r < kBlockRows; ++r) {
-          std::memset(w + r * kKept, 0, sizeof(float) * kept);
-          std::memset(position + r * kKept, 0, sizeof(int32_t) * kept);
+          std::memset(w + r * kStride, 0, sizeof(float) * kept);
+          std::memset(position + r * kStride, 0, sizeof(int32_t) * kept);
         }
         float* panel_acc = acc;
         for (int p = 0; p < count; panel_acc += kBlockRows * panels[p].lanes, ++p) {
