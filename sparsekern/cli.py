@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from .selftest import Result
 
+_MAX_SEED = 2**31 - 1  # what every generator involved takes
+
 app = typer.Typer(
     name="sparsekern",
     help="2:4 sparse linear layers and zero-value compression for PyTorch.",
@@ -102,7 +104,7 @@ def info(
 
 @app.command()
 def selftest(
-    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Seed of the random inputs.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON, without a progress bar.")
     ] = False,
@@ -193,7 +195,8 @@ def demo(
         ),
     ] = None,
     hidden: Annotated[
-        int, typer.Option(min=4, help="Width of the two hidden layers, a multiple of 4.")
+        int,
+        typer.Option(min=4, max=16384, help="Width of the two hidden layers, a multiple of 4."),
     ] = 2048,
     epochs: Annotated[
         int | None,
@@ -215,7 +218,9 @@ def demo(
     device: Annotated[
         Device, typer.Option(help="Where to run; auto takes CUDA where there is one.")
     ] = Device.auto,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_MAX_SEED, help="Seed of everything that is random.")
+    ] = 0,
     out: Annotated[
         Path,
         typer.Option(

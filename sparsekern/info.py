@@ -137,6 +137,10 @@ def _present(device_type: str) -> list[torch.device]:
     return []
 
 
+_UNAVAILABLE = "is unavailable: "
+_NOT_THESE = "does not take"  # the dtypes follow
+
+
 def why_not(name: str, op: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a back end does not serve `op` for `dtype` on `device`; None if it does.
 
@@ -148,9 +152,11 @@ def why_not(name: str, op: str, dtype: torch.dtype, device: torch.device) -> str
     if name == "reference":
         return None
     if reason := backends.load(name).unavailable(device):
-        return f"unavailable: {reason}"
+        return f"{_UNAVAILABLE}{reason}"
+    if op not in backends.load(name).SERVES:
+        return "has none of its own"
     if dtype not in selftest.dtypes_served(name, op):
-        return "does not serve"  # the dtypes follow
+        return _NOT_THESE
     if reason := backends._self_test(name, op, dtype, str(device)):
         return f"switched off, it failed its self-test: {reason}"
     return None
@@ -342,29 +348,29 @@ def _machine_table(found: dict) -> Table:
 
 def _ops_table(device: str, rows: list[dict]) -> Table:
     table = _table(f"Who serves what on {device}", "op", "back end", "dtypes", "passed over")
-    reference_serves = False
+    notes: dict[str, None] = {}  # an ordered set: what would fill the table if every row said it
     for row in rows:
-        reference_serves |= any(
-            s["backend"] == "reference" and row["passed_over"] for s in row["serves"]
-        )
-        passed = "\n".join(
-            f"{p['backend']} {p['reason']}"
-            + (f" {_compact(p['dtypes'])}" if p["reason"] == "does not serve" else "")
-            for p in row["passed_over"]
-        )
+        passed = []
+        for p in row["passed_over"]:
+            reason = p["reason"]
+            if reason == _NOT_THESE:
+                reason += f" {_compact(p['dtypes'])}"
+            elif reason.startswith(_UNAVAILABLE):
+                notes[f"{p['backend']} {reason}."] = None
+                reason = "is unavailable"
+            passed.append(f"{p['backend']} {reason}")
         for i, served in enumerate(row["serves"]):
+            slow = served["backend"] == "reference"
+            if slow and passed:
+                notes[f"Costs: {REFERENCE_COST}."] = None
             table.add_row(
                 row["op"] if i == 0 else "",
-                Text(
-                    served["backend"],
-                    style="yellow" if served["backend"] == "reference" else "green",
-                ),
+                Text(served["backend"], style="yellow" if slow else "green"),
                 _compact(served["dtypes"]),
-                Text(passed, style="dim") if i == 0 else "",
+                Text("\n".join(passed) if i == 0 else "", style="dim"),
             )
-    if reference_serves:
-        table.caption = f"Costs: {REFERENCE_COST}."
-        table.caption_justify = "left"
+    table.caption = Text("\n".join(notes), style="dim")
+    table.caption_justify = "left"
     return table
 
 

@@ -1,4 +1,4 @@
-"""The 2:4 products: every back end, instruction set and dtype against float64; strides; who serves; PyTorch's subclass."""
+"""The 2:4 products against float64, in any layout; who serves them; PyTorch's own subclass on top of them."""
 
 from __future__ import annotations
 
@@ -75,11 +75,6 @@ class Errors:
         assert size > 0.1
 
 
-def repeats(M: int, N: int) -> int:
-    """How often to draw so that the root mean square settles."""
-    return -(-2000 // (M * N)) if M * N < 200 else 1
-
-
 # ---- numbers ----
 
 
@@ -87,16 +82,19 @@ def repeats(M: int, N: int) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_errs_at_most_twice_as_much_as_torch(backend, dtype, N, K):
     draw = Draw(dtype)
-    for M in ROWS:
+    values, meta, dense = draw.weight(N, K)
+    packed = reference.prepack_24(values, meta)
+    # Few rows are drawn again until their root mean square settles.
+    for rows, times in ((ROWS[:8], 40 if N < 10 else 2), (ROWS[8:], 1)):
         errors = Errors()
-        for i in range(repeats(M, N)):
-            x, bias, (values, meta, dense) = draw(M, K), draw(N), draw.weight(N, K)
-            bias = bias if (i + M) % 3 else None
+        for i, M in enumerate(rows * times):
+            x, bias = draw(M, K), draw(N) if i % 3 else None
             wide = (x.double(), dense.double(), None if bias is None else bias.double())
             got = backend.linear_24(x, values, meta, bias)
             errors.add(got, F.linear(x, dense, bias), F.linear(*wide))
-            packed = reference.prepack_24(values, meta)
-            assert torch.equal(backend.linear_24_prepacked(x, packed, N, bias), got)
+            if i < len(rows):
+                again = backend.linear_24_prepacked(x, packed, N, bias)
+                assert torch.equal(again, got)
         errors.check()
 
 
@@ -325,7 +323,7 @@ def test_float64_products_are_served_in_strict_mode(fresh):
 
 def test_a_missing_core_is_an_error_in_strict_mode_and_a_logged_fallback_otherwise(fresh, caplog):
     fresh.setattr(cpu, "_missing", "there was no compiler")
-    with pytest.raises(backends.Fallback, match="linear_24: .* cpu .*there was no compiler"):
+    with pytest.raises(backends.Fallback, match=r"linear_24: .* cpu .*there was no compiler"):
         backends.resolve("linear_24", torch.float32, CPU)
     fresh.setenv("SPARSEKERN_STRICT", "0")
     with caplog.at_level(logging.WARNING, logger="sparsekern"):
@@ -350,7 +348,7 @@ def test_a_kernel_that_answers_wrongly_is_switched_off(fresh, broken):
     fresh.setattr(cpu, "linear_24", broken)
     with (
         pytest.warns(RuntimeWarning, match=r"linear_24 .* cpu .* wrong answer .*float32"),
-        pytest.raises(backends.Fallback, match="linear_24: .* cpu failed its self-test"),
+        pytest.raises(backends.Fallback, match=r"linear_24: .* cpu failed its self-test"),
     ):
         backends.resolve("linear_24", torch.float32, CPU)
     fresh.setenv("SPARSEKERN_STRICT", "0")
@@ -369,12 +367,12 @@ def test_the_named_back_end_serves_and_an_unknown_name_is_refused(fresh):
     fresh.setenv("SPARSEKERN_BACKEND", "cpu")
     assert backends.resolve("linear_24", torch.float32, CPU) is cpu.linear_24
     fresh.setenv("SPARSEKERN_BACKEND", "abacus")
-    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND is 'abacus'; it takes one of .*cpu"):
+    with pytest.raises(ValueError, match=r"SPARSEKERN_BACKEND is 'abacus'; it takes one of .*cpu"):
         backends.resolve("linear_24", torch.float32, CPU)
 
 
 def test_an_unknown_instruction_set_is_refused_and_the_old_one_stays(isa):
-    with pytest.raises(ValueError, match="SPARSEKERN_CPU_ISA is 'mmx'; .*portable"):
+    with pytest.raises(ValueError, match=r"SPARSEKERN_CPU_ISA is 'mmx'; .*portable"):
         cpu.set_isa("mmx")
     assert cpu.isa() == isa
 

@@ -12,6 +12,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "convert.h"
 #include "kernels.h"
@@ -22,11 +25,18 @@ namespace {
 
 // ---- which tier ----
 
+#if defined(__x86_64__)
+// By hand: not every compiler's __builtin_cpu_supports knows the name.
+bool cpu_has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool cpu_has_avx2() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("popcnt");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c() &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 #else
   return false;
 #endif
@@ -328,7 +338,7 @@ std::vector<std::string> features() {
   if (__builtin_cpu_supports(name)) found.push_back(name)
   SPARSEKERN_FEATURE("avx2");
   SPARSEKERN_FEATURE("fma");
-  SPARSEKERN_FEATURE("f16c");
+  if (cpu_has_f16c()) found.push_back("f16c");
   SPARSEKERN_FEATURE("bmi2");
   SPARSEKERN_FEATURE("avx512f");
   SPARSEKERN_FEATURE("avx512bw");

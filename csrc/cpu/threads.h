@@ -19,9 +19,9 @@ bool in_forked_child();  // dispatch.cpp
 // Calls f(begin, end) on disjoint ranges that cover [0, n), on at most `threads` threads, in chunks
 // of at least `grain`; every begin is a multiple of `align`. f must not throw.
 template <class F>
-void parallel_for(int64_t n, int64_t grain, int64_t align, int threads, F f) {
+void parallel_for(int64_t n, int64_t grain, [[maybe_unused]] int64_t align, int threads, F f) {
   if (n <= 0) return;
-  const int64_t chunks =
+  [[maybe_unused]] const int64_t chunks =
       std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(grain, 1)));
 #ifdef _OPENMP
   // A forked child inherits the record of a pool whose threads did not survive: waiting for them
