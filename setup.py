@@ -4,6 +4,7 @@ Needs no torch. Without a C++ compiler the install goes on and the reference bac
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ class CMakeBuild(build_ext):
             f"-S{Path(__file__).parent.resolve()}",
             f"-B{build}",
             "-GNinja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # an isolated build's is gone by the next
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]

@@ -13,6 +13,7 @@ import copy
 import importlib.util
 import json
 import math
+import resource
 import statistics
 import time
 import zipfile
@@ -50,6 +51,9 @@ LATENCY_BATCHES = (1, 16, 256)
 # largest logit.
 LOGIT_TOLERANCE = 1e-5
 EQUAL_SPEED = 0.03  # medians closer than this are called equal
+# Interruptions per call from which latencies say more about the machine's other work: a thread
+# that waits for one without a core loses milliseconds.
+BUSY = 0.2
 
 DENSE_COLOUR, PACKED_COLOUR, PREPACKED_COLOUR = "#5b7083", "#d9772b", "#8b5a9e"
 
@@ -120,6 +124,9 @@ class Latency:
     batch: int
     ms: dict[str, Timing]
     speed: dict[str, float]
+    interruptions: (
+        float  # per timed call: how often the system took a core away for another process
+    )
 
 
 @dataclass(frozen=True)
@@ -559,10 +566,17 @@ def measure_latency(
     found = []
     for batch in LATENCY_BATCHES:
         rows = torch.arange(batch, device=x.device) % len(x)
+        before = _interruptions()
         ms = _interleaved(forms, x[rows], seconds)
+        calls = sum(t.rounds for t in ms.values())
+        interruptions = (_interruptions() - before) / calls
         speed = {name: ms["dense"].median / t.median for name, t in ms.items() if name != "dense"}
-        found.append(Latency(batch, ms, speed))
+        found.append(Latency(batch, ms, speed, interruptions))
     return found
+
+
+def _interruptions() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _prepacked(packed: nn.Sequential) -> nn.Sequential | None:
@@ -613,6 +627,11 @@ def report(results: Results, out: Path, console: Console) -> None:
     for one in results.checks:
         verdict = "[green]ok[/green]" if one.ok else "[bold red]FAILED[/bold red]"
         console.print(f"{verdict}  {one.name}: {one.found}")
+    if (worst := max(r.interruptions for r in results.latency)) > BUSY:
+        console.print(
+            "[yellow]busy[/yellow]  other processes took a core away up to "
+            f"{worst:.1f} times a timed call: repeat on an idle machine before trusting a latency"
+        )
     console.print(
         f"\nWrote demo.png, dense.safetensors, sparse.safetensors and results.json to {out}/ "
         f"({results.seconds:.0f} s in all)"
@@ -654,7 +673,7 @@ def _table(results: Results) -> Table:
         row(label, cells, f"{share:.0%} as large", last=label.startswith("files"))
     for latency in results.latency:
         cells = {
-            f: f"{t.median:.2f} ms\n[dim]{t.p10:.2f}–{t.p90:.2f}[/dim]"
+            f: f"{_ms(t.median)} ms\n[dim]{_ms(t.p10)}–{_ms(t.p90)}[/dim]"
             for f, t in latency.ms.items()
         }
         verdict = "\n".join(
@@ -688,6 +707,11 @@ def _title(results: Results) -> str:
     if machine["device"] == "cpu":
         words += [f"{machine['threads']} threads", str(machine["instruction_set"])]
     return ", ".join([*words, f"torch {machine['torch']}"])
+
+
+def _ms(value: float) -> str:
+    """Three digits, so that the table keeps its width."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _points(change: float) -> str:
@@ -825,7 +849,7 @@ def _draw_latency(axes: Axes, results: Results) -> None:
                 yerr=[[height - low], [high - height]],
                 error_kw={"ecolor": "#222222", "elinewidth": 1, "capsize": 3},
             )
-            text = f"{t.median:.2f} ms"
+            text = f"{_ms(t.median)} ms"
             if form != "dense":
                 speed = latency.speed[form]
                 text += f"\n{speed:.2f}x, {_verdict(speed)}"
@@ -843,7 +867,7 @@ def _draw_latency(axes: Axes, results: Results) -> None:
     axes.set_ylim(0, highest * 1.25)
     axes.set_ylabel("time, dense = 1 (lower is better)", fontsize=9)
     axes.set_title(
-        f"Latency on {_title(results)}\nmedian, whiskers p10 to p90; x is the speed of dense",
+        f"Latency on {_title(results)}\nmedian, whiskers p10 to p90; factor: speed against dense",
         fontsize=10,
         loc="left",
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import ops
 
@@ -20,7 +22,7 @@ _linear_24_prepacked = _ops.linear_24_prepacked.default
 class SparseLinear(nn.Module):
     """``y = x · Wᵀ + b`` with a 2:4 weight held as ``values`` and ``meta``: 9/16 of the bytes in 16 bits.
 
-    Works wherever ``nn.Linear`` does: training (gradients for x, values and bias; an optimiser
+    A drop-in for ``nn.Linear``: training (gradients for x, values and bias; an optimiser
     moves `values`, the pattern stays), ``state_dict`` and safetensors (plain tensors), ``.to``,
     ``.half()``, deepcopy, pickle, autocast, ``torch.compile`` and ``torch.export``. Any
     `in_features`: the weight is padded inside to a multiple of 4.
@@ -126,13 +128,12 @@ class SparseLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The same layer as an nn.Linear with a dense weight; values and bias are copied."""
-        values, bias = self._canonical()[0], self.bias
+        weight, bias = self.weight.detach(), self.bias
         linear = nn.Linear(
-            self.in_features, self.out_features, bias is not None, "meta", values.dtype
+            self.in_features, self.out_features, bias is not None, "meta", weight.dtype
         )
-        linear.weight = nn.Parameter(
-            self.weight.detach().clone(), requires_grad=self._values.requires_grad
-        )
+        trains = self._trains if self.prepacked else self.values.requires_grad
+        linear.weight = nn.Parameter(weight.clone(), requires_grad=trains)
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         return linear.train(self.training)
@@ -145,40 +146,47 @@ class SparseLinear(nn.Module):
     # ---- the inference form ----
 
     def prepack(self) -> SparseLinear:
-        """Turn into the inference form, in place: the layout this device multiplies fastest, instead of `values` and
-        `meta`, never beside them. ``state_dict`` stays the same; ``train()`` turns it back."""
-        if not self.prepacked and not self.values.is_meta:
-            packed = _ops.prepack_24(self.values.detach(), self.meta)
-            parameter = self._parameters.pop("values")
-            # The Parameter is kept, empty, so that an optimiser's reference to it stays valid.
-            self.__dict__["_emptied"] = parameter
-            parameter.data = parameter.data.new_empty(0)
-            del self._buffers["meta"]
-            self.register_buffer("packed", packed, persistent=False)
-            self.prepacked = True
+        """Turn into the inference form, in place: the layout this device multiplies fastest.
+
+        `values` and `meta` are None from then on, and `packed` holds the weight; an optimiser that holds the
+        Parameter keeps its memory. ``state_dict`` stays the same. ``train()`` turns the layer back, with the same
+        Parameter if something still holds it.
+        """
+        if self.prepacked or self.meta.is_meta:
+            return self.eval()
+        parameter = self._parameters.get("values")
+        if parameter is None:
+            raise RuntimeError("SparseLinear.prepack: values is parametrized; remove that first")
+        with torch.inference_mode(False), torch.no_grad():
+            packed = _ops.prepack_24(parameter.detach(), self.meta)
+        # The slots stay, in their order. New dicts, as those of a shallow copy are shared.
+        self._parameters = self._parameters | {"values": None}
+        self._buffers = self._buffers | {"meta": None}
+        self.register_buffer("packed", packed, persistent=False)
+        self._dtype, self._trains = parameter.dtype, parameter.requires_grad
+        self._parameter = weakref.ref(parameter)
+        self.prepacked = True
         return self.eval()
 
     def unprepack(self) -> SparseLinear:
         """Turn back into the form that trains: `values` and `meta`, in place."""
         if self.prepacked:
-            values, meta = self._canonical()
-            parameter = self.__dict__.pop("_emptied")
-            parameter.data = values
-            self._parameters["values"] = parameter
-            del self.packed
-            self.register_buffer("meta", meta)
+            with torch.inference_mode(False), torch.no_grad():
+                values, meta = self._canonical()
+                parameter = self._parameter()
+                if parameter is None:
+                    parameter = nn.Parameter(values, requires_grad=self._trains)
+            self._parameters = self._parameters | {"values": parameter}
+            self._buffers = self._buffers | {"meta": meta}
             self.prepacked = False
+            del self.packed, self._parameter, self._dtype, self._trains
         return self
-
-    @property
-    def _values(self) -> nn.Parameter:
-        return self.__dict__["_emptied"] if self.prepacked else self.values
 
     def _canonical(self) -> tuple[Tensor, Tensor]:
         if not self.prepacked:
             return self.values, self.meta
         return _ops.unprepack_24(
-            self.packed, self.out_features, _padded(self.in_features), self._values.dtype
+            self.packed, self.out_features, _padded(self.in_features), self._dtype
         )
 
     def train(self, mode: bool = True) -> SparseLinear:
@@ -198,25 +206,24 @@ class SparseLinear(nn.Module):
 
     def __getstate__(self) -> dict:
         # For pickle and deepcopy: the canonical form, with a note to prepack again.
-        if not self.prepacked:
-            return self.__dict__.copy()
-        values, meta = self._canonical()
         state = self.__dict__.copy()
-        emptied = state.pop("_emptied")
-        state["_parameters"] = self._parameters | {
-            "values": nn.Parameter(values, emptied.requires_grad)
-        }
-        state["_buffers"] = {"meta": meta}
-        state["_non_persistent_buffers_set"] = set()
-        state["prepacked"] = False
-        state["_prepack"] = True
+        if self.prepacked:
+            values, meta = self._canonical()
+            for name in ("_parameter", "_dtype", "_trains"):
+                del state[name]
+            state["prepacked"] = "again"
+            parameter = nn.Parameter(values, requires_grad=self._trains)
+            state["_parameters"] = self._parameters | {"values": parameter}
+            state["_buffers"] = self._buffers | {"meta": meta}
+            del state["_buffers"]["packed"]
+            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {"packed"}
         return state
 
     def __setstate__(self, state: dict) -> None:
-        prepack = state.pop("_prepack", False)
         super().__setstate__(state)
-        if prepack:
-            self.prepack()
+        if self.prepacked == "again":
+            self.prepacked, training = False, self.training
+            self.prepack().training = training
 
     # ---- state_dict: always values, meta, bias ----
 
@@ -230,14 +237,11 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        prepacked = self.prepacked
+        prepacked, training = self.prepacked, self.training
         self.unprepack()
         state_dict = dict(state_dict)  # what is changed below is for this layer alone
         try:
             self._check_loaded(state_dict, prefix)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix or 'SparseLinear: '}{error}")
-        else:
             super()._load_from_state_dict(
                 state_dict,
                 prefix,
@@ -247,8 +251,14 @@ class SparseLinear(nn.Module):
                 unexpected_keys,
                 error_msgs,
             )
+            if self._load_state_dict_pre_hooks and not self.meta.is_meta:
+                ops.check_24(
+                    self.values.detach(), self.meta
+                )  # they may have changed what was checked
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix or 'SparseLinear: '}{error}")
         if prepacked:
-            self.prepack()
+            self.prepack().training = training
 
     def _check_loaded(self, state_dict: dict, prefix: str) -> None:
         """Pack a dense weight; refuse a packed one that is not legal."""
@@ -259,19 +269,29 @@ class SparseLinear(nn.Module):
                 raise ValueError(
                     f"weight has shape {tuple(weight.shape)}; it takes {(self.out_features, self.in_features)}"
                 )
-            state_dict[values], state_dict[meta] = ops.pack_24(_pad(weight.detach()))
-        elif values in state_dict and meta in state_dict and not state_dict[meta].is_meta:
-            ops.check_24(state_dict[values], state_dict[meta])
+            packed = ops.pack_24(_pad(weight.detach()), prune=weight.is_meta)
+            state_dict[values], state_dict[meta] = packed
+        elif meta in state_dict and not state_dict[meta].is_meta:
+            ops.check_24(state_dict.get(values, self.values).detach(), state_dict[meta])
 
     # ---- the product ----
 
     def forward(self, input: Tensor) -> Tensor:
-        x = F.pad(input, (0, -self.in_features % 4)) if self.in_features % 4 else input
+        x = input
+        if self.in_features % 4:
+            if x.shape[-1:] != (self.in_features,):
+                raise ValueError(
+                    f"SparseLinear: input has shape {tuple(x.shape)}; it takes [..., {self.in_features}]"
+                )
+            x = F.pad(x, (0, -self.in_features % 4))
         if not self.prepacked:
             return _linear_24(x, self.values, self._buffers["meta"], self.bias)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(self._values.dtype)  # autocast cannot change the dtype of an opaque layout
-        return _linear_24_prepacked(x, self._buffers["packed"], self.out_features, self.bias)
+        packed, device = self._buffers["packed"], x.device.type
+        if not torch.is_autocast_enabled(device):
+            return _linear_24_prepacked(x, packed, self.out_features, self.bias)
+        # Autocast cannot change the dtype of an opaque layout: compute in it, hand on what was asked for.
+        y = _linear_24_prepacked(x.to(self._dtype), packed, self.out_features, self.bias)
+        return y if y.dtype is torch.float64 else y.to(torch.get_autocast_dtype(device))
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -372,65 +392,79 @@ def sparsify_(
             "sparsify_: model is an nn.Linear, which cannot be swapped in place; it takes a module that "
             "holds layers. Use SparseLinear.from_linear(layer)"
         )
+    # Addresses rather than Parameters: two Parameters over the same memory are tied as well.
     owners: dict[int, set[int]] = {}
-    for module in model.modules():
+    names: dict[nn.Linear, list[str]] = {}  # a layer may have several
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names.setdefault(module, []).append(name)
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(id(module))
+                owners.setdefault(_identity(parameter), set()).add(id(module))
 
     report = SparsifyReport()
-    new_layers: dict[nn.Module, SparseLinear] = {}  # one per old layer, however many names it has
     places: list[tuple[nn.Module, str, SparseLinear]] = []
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, nn.Linear):
-            continue
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        before = layer.weight.nbytes
-        reason = _reason_to_skip(layer, parent, owners)
-        if not reason and filter_fn is not None and not filter_fn(layer, name):
+    for layer, called in names.items():
+        parents = [model.get_submodule(name.rpartition(".")[0]) for name in called]
+        reason = _reason_to_skip(layer, parents, owners)
+        if not reason and filter_fn is not None and not all(filter_fn(layer, n) for n in called):
             reason = "filter_fn said no"
-        if not reason and layer not in new_layers:
-            try:
-                new_layers[layer] = SparseLinear.from_linear(layer, prune=prune)
-            except ValueError as error:
-                raise ValueError(f"sparsify_: layer {name!r}: {error}") from None
-        after = before
+        before = after = 0 if is_lazy(layer.weight) else layer.weight.nbytes
         if not reason:
-            new = new_layers[layer]
-            places.append((parent, child, new))
+            try:
+                new = SparseLinear.from_linear(layer, prune=prune)
+            except ValueError as error:
+                raise ValueError(f"sparsify_: layer {called[0]!r}: {error}") from None
             after = new.values.nbytes + new.meta.nbytes
-        report.append(
-            LayerReport(name, tuple(layer.weight.shape), not reason, reason, before, after)
-        )
+            places += [(p, n.rpartition(".")[2], new) for p, n in zip(parents, called, strict=True)]
+        shape = layer.out_features, layer.in_features
+        report += [LayerReport(n, shape, not reason, reason, before, after) for n in called]
 
     for parent, child, new in places:
         setattr(parent, child, new)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = (
-                0  # torch's switch for the fused path that reads linear1.weight
-            )
+    for module in model.modules():
+        # torch's switches for the fused paths of nn.TransformerEncoder, which read dense weights
+        if isinstance(module, nn.TransformerEncoderLayer) and _holds_sparse(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and _holds_sparse(module):
+            module.use_nested_tensor = False
     if prepack:
-        for new in new_layers.values():
+        for _, _, new in places:
             new.prepack()
     return report
 
 
-def _reason_to_skip(layer: nn.Linear, parent: nn.Module, owners: dict[int, set[int]]) -> str:
+def _identity(parameter: Tensor) -> int:
+    """What two tied parameters have in common: their address, or themselves where there is none yet."""
+    if is_lazy(parameter) or parameter.is_meta:
+        return id(parameter)
+    return parameter.data_ptr() or id(parameter)
+
+
+def _holds_sparse(module: nn.Module) -> bool:
+    return any(isinstance(m, SparseLinear) for m in module.modules())
+
+
+def _reason_to_skip(layer: nn.Linear, parents: list[nn.Module], owners: dict[int, set[int]]) -> str:
     if "weight" not in layer._parameters or nn.utils.parametrize.is_parametrized(layer):
         return "its weight is parametrized"
+    if is_lazy(layer.weight):
+        return "it is lazy and has no weight yet"
     if type(layer) is not nn.Linear:
-        if isinstance(parent, nn.MultiheadAttention):
+        if any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
             return "nn.MultiheadAttention reads its weight directly"
         return f"a subclass of nn.Linear ({type(layer).__name__})"
     if layer.weight.dtype not in ops.PRODUCT_DTYPES:
         return f"no 2:4 product for {layer.weight.dtype}"
-    shared = [
-        name for name, p in layer._parameters.items() if p is not None and len(owners[id(p)]) > 1
-    ]
-    if shared:
-        return f"its {shared[0]} is shared with another module"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(layer, name) for name in hooks):
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and len(owners[_identity(parameter)]) > 1:
+            return f"its {name} is shared with another module"
+        if parameter is not None and (
+            parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+        ):
+            return f"its {name} has hooks, which would be lost"
+    if any(hooks for name, hooks in layer.__dict__.items() if name.endswith("hooks")):
         return "it has hooks, which would be lost"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced"
     return ""

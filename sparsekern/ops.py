@@ -17,6 +17,7 @@ To follow one op through the library::
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ FORMAT_DTYPES = PRODUCT_DTYPES | {torch.int8, torch.uint8}
 _INTEGERS = {torch.bool, torch.int16, torch.int32, torch.int64}
 _INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
-ZVC_DTYPES = FORMAT_DTYPES | _INTEGERS | _FLOAT8 | {torch.complex64}
+_FLOAT8 |= {torch.float8_e8m0fnu}
+ZVC_DTYPES = FORMAT_DTYPES | _INTEGERS | _FLOAT8 | {torch.complex32, torch.complex64}
 ZVC_TILE = 4096
 
 _ops = torch.ops.sparsekern
@@ -64,6 +66,8 @@ def _check_weight(op: str, weight: Tensor, name: str = "weight", two_d: bool = T
         raise ValueError(
             f"{op}: {name} has shape {tuple(weight.shape)}; it takes two dimensions [N, K]"
         )
+    if weight.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} has layout {weight.layout}; it takes {torch.strided}")
     if weight.dim() == 0 or weight.shape[-1] % 4:
         raise ValueError(
             f"{op}: {name} has shape {tuple(weight.shape)}; its last dimension must be a multiple of 4 "
@@ -77,14 +81,14 @@ def _check_packed(op: str, values: Tensor, meta: Tensor, dtypes: frozenset) -> N
         raise ValueError(
             f"{op}: values has shape {tuple(values.shape)}; it takes [N, K/2] with K a multiple of 4"
         )
-    _check_meta(op, meta, values.shape[0], 2 * values.shape[1])
-    if meta.device != values.device:
+    _check_meta(op, meta, values.shape[0], 2 * values.shape[1], "values", values)
+
+
+def _check_meta(op: str, meta: Tensor, N: int, K: int, other: str, o: Tensor) -> None:
+    if meta.device != o.device:
         raise ValueError(
-            f"{op}: meta is on {meta.device}; it takes the device of values, {values.device}"
+            f"{op}: meta is on {meta.device}; it takes the device of {other}, {o.device}"
         )
-
-
-def _check_meta(op: str, meta: Tensor, N: int, K: int) -> None:
     if meta.dtype is not torch.uint8:
         raise TypeError(f"{op}: meta has dtype {meta.dtype}; it takes uint8")
     if meta.dim() != 2 or meta.shape[0] != N or meta.shape[1] != (K + 7) // 8:
@@ -96,6 +100,8 @@ def _check_meta(op: str, meta: Tensor, N: int, K: int) -> None:
 def _check_product(
     op: str, x: Tensor, K: int, N: int, bias: Tensor | None, activation: str
 ) -> None:
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: x has layout {x.layout}; it takes {torch.strided}")
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; for this weight it takes [..., {K}]")
     if bias is not None:
@@ -151,7 +157,19 @@ def _kernel(op: Op) -> Callable:
             function = chosen[key] = backends.resolve(op.name, *key)
         return function(*args)
 
-    return kernel
+    schema = torch._C.parse_schema(f"sparsekern::{op.schema}")
+    written = [i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
+    if not written:
+        return kernel
+
+    def writing_kernel(*args):
+        kernel(*args)
+        # So that autograd notices when something it saved was overwritten.
+        torch.autograd.graph.increment_version(
+            [args[i] for i in written if not args[i].is_inference()]
+        )
+
+    return writing_kernel
 
 
 def _define(
@@ -184,29 +202,35 @@ def _define(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_lib)
 
 
-def _autocast(name: str, *device_types: str) -> None:
-    """Products run in the autocast dtype, as F.linear does; x, values and bias are cast, meta is not."""
+def _autocast(name: str, device_type: str) -> None:
+    """Under autocast, linear_24 runs in the autocast dtype as F.linear does: x, values and bias are cast, meta is not.
 
-    def register(device_type: str) -> None:
-        key = torch._C._dispatch_key_for_device(device_type)
-        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{key}"))
-        op = getattr(_ops, name).default
+    Every op shuts autocast off for what its kernel calls: a back end sees the dtypes it was given.
+    """
+    key = torch._C._dispatch_key_for_device(device_type)
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{key}"))
+    op = getattr(_ops, name).default
 
-        def cast(t, dtype):
-            eligible = (
-                isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64
-            )
-            return t.to(dtype) if eligible else t
+    def cast(t, dtype):
+        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64
+        return t.to(dtype) if eligible else t
 
-        def kernel(*args):
+    def kernel(*args):
+        if name == "linear_24":
             dtype = torch.get_autocast_dtype(device_type)
-            with torch._C._ExcludeDispatchKeyGuard(keyset):
-                return op(*(cast(a, dtype) for a in args))
+            args = [cast(a, dtype) for a in args]
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return op(*args)
 
-        _lib.impl(name, kernel, f"Autocast{key}")
+    _lib.impl(name, kernel, f"Autocast{key}")
 
-    for device_type in device_types:
-        register(device_type)
+
+def _no_autocast(t: Tensor):
+    """For backward formulas, which run under whatever autocast their caller left on."""
+    device = t.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _no_gradient(ctx, inputs, output) -> None:
@@ -293,7 +317,7 @@ _define(
 
 def _check_gather(dense: Tensor, meta: Tensor) -> None:
     _check_weight("gather_24", dense, "dense")
-    _check_meta("gather_24", meta, *dense.shape)
+    _check_meta("gather_24", meta, *dense.shape, "dense", dense)
 
 
 _define(
@@ -317,10 +341,27 @@ def _check_linear(x, values, meta, bias=None, activation="none") -> None:
     _check_product("linear_24", x, 2 * values.shape[1], values.shape[0], bias, activation)
 
 
+def _needed(ctx, names: str) -> dict[str, bool]:
+    """Which inputs need a gradient. The dispatcher leaves out trailing arguments at their defaults."""
+    needs = (*ctx.needs_input_grad, False, False)
+    return dict(zip(names.split(), needs, strict=False))
+
+
+def _recomputes(activation: str) -> bool:
+    return activation not in ("none", "relu")
+
+
 def _linear_setup(ctx, inputs, output) -> None:
     x, values, meta, bias, activation = inputs
     ctx.activation = activation
-    ctx.save_for_backward(x, values, meta, bias, output if activation == "relu" else None)
+    keep_x = _needed(ctx, "x values")["values"] or _recomputes(activation)
+    ctx.save_for_backward(
+        x if keep_x else None,
+        values,
+        meta,
+        bias if _recomputes(activation) else None,
+        output if activation == "relu" else None,
+    )
 
 
 def _activation_backward(
@@ -341,18 +382,15 @@ def _activation_backward(
     return dy
 
 
-def _needed(ctx, names: str) -> dict[str, bool]:
-    """Which inputs need a gradient. The dispatcher leaves out trailing arguments at their defaults."""
-    needs = (*ctx.needs_input_grad, False, False)
-    return dict(zip(names.split(), needs, strict=False))
-
-
 def _linear_backward(ctx, dy):
     x, values, meta, bias, y = ctx.saved_tensors
-    dz = _activation_backward(ctx.activation, dy, y, lambda: _ops.linear_24(x, values, meta, bias))
-    need = _needed(ctx, "x values meta bias")
-    dx = _ops.linear_24_dx(dz, values, meta) if need["x"] else None
-    dvalues = _ops.linear_24_dvalues(dz, x, meta) if need["values"] else None
+    with _no_autocast(dy):
+        dz = _activation_backward(
+            ctx.activation, dy, y, lambda: _ops.linear_24(x, values, meta, bias)
+        )
+        need = _needed(ctx, "x values meta bias")
+        dx = _ops.linear_24_dx(dz, values, meta) if need["x"] else None
+        dvalues = _ops.linear_24_dvalues(dz, x, meta) if need["values"] else None
     dbias = dz.reshape(-1, dz.shape[-1]).sum(0) if need["bias"] else None
     return (dx, dvalues, None, dbias, None)[: len(ctx.needs_input_grad)]
 
@@ -409,7 +447,7 @@ def _check_dvalues(dy: Tensor, x: Tensor, meta: Tensor) -> None:
             f"linear_24_dvalues: dy has shape {tuple(dy.shape)} and x {tuple(x.shape)}; they take [..., N] and "
             "[..., K] with the same leading dimensions and K a multiple of 4"
         )
-    _check_meta("linear_24_dvalues", meta, dy.shape[-1], x.shape[-1])
+    _check_meta("linear_24_dvalues", meta, dy.shape[-1], x.shape[-1], "x", x)
 
 
 def _dvalues_backward(ctx, ddvalues):
@@ -498,22 +536,26 @@ def _check_linear_prepacked(x, packed, N, bias=None, activation="none") -> None:
 
 def _linear_prepacked_setup(ctx, inputs, output) -> None:
     x, packed, ctx.N, bias, ctx.activation = inputs
-    recompute = ctx.activation not in ("none", "relu")
+    recomputes = _recomputes(ctx.activation)
     ctx.K, ctx.dtype = x.shape[-1], x.dtype
     ctx.save_for_backward(
-        x if recompute else None, packed, bias, output if ctx.activation == "relu" else None
+        x if recomputes else None,
+        packed,
+        bias if recomputes else None,
+        output if ctx.activation == "relu" else None,
     )
 
 
 def _linear_prepacked_backward(ctx, dy):
     x, packed, bias, y = ctx.saved_tensors
-    dz = _activation_backward(
-        ctx.activation, dy, y, lambda: _ops.linear_24_prepacked(x, packed, ctx.N, bias)
-    )
     need = _needed(ctx, "x packed N bias")
     dx = None
-    if need["x"]:
-        dx = _ops.linear_24_dx(dz, *_ops.unprepack_24(packed, ctx.N, ctx.K, ctx.dtype))
+    with _no_autocast(dy):
+        dz = _activation_backward(
+            ctx.activation, dy, y, lambda: _ops.linear_24_prepacked(x, packed, ctx.N, bias)
+        )
+        if need["x"]:
+            dx = _ops.linear_24_dx(dz, *_ops.unprepack_24(packed, ctx.N, ctx.K, ctx.dtype))
     dbias = dz.reshape(-1, ctx.N).sum(0) if need["bias"] else None
     return (dx, None, None, dbias, None)[: len(ctx.needs_input_grad)]
 
@@ -552,14 +594,18 @@ _define(
 )
 
 
-def _check_zvc_arrays(op: str, n: int, **arrays: tuple[Tensor, torch.dtype, int]) -> None:
+def _check_zvc_arrays(op: str, n: int, other: str, o: Tensor, **arrays) -> None:
+    """`arrays`: name to (tensor, dtype, length it must have). All on the device of `o`, which is called `other`."""
     for name, (t, dtype, length) in arrays.items():
         if t.dtype is not dtype:
             raise TypeError(f"{op}: {name} has dtype {t.dtype}; it takes {dtype}")
-        if t.dim() != 1 or t.shape[0] != length:
+        if t.device != o.device:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(t.shape)}; for {n} elements it takes ({length},)"
+                f"{op}: {name} is on {t.device}; it takes the device of {other}, {o.device}"
             )
+        if t.dim() != 1 or (length is not None and t.shape[0] != length):
+            takes = "one dimension" if length is None else f"({length},) for {n} elements"
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; it takes {takes}")
 
 
 def _check_pack_zvc_out(
@@ -570,21 +616,20 @@ def _check_pack_zvc_out(
     _check_zvc_arrays(
         op,
         n,
+        "x",
+        x,
         mask=(mask, torch.uint8, (n + 7) // 8),
+        values=(values, x.dtype, None),  # as much room as there is
         offsets=(offsets, torch.int64, _tiles(n)),
         count=(count, torch.int64, 1),
     )
-    if values.dtype is not x.dtype:
-        raise TypeError(f"{op}: values has dtype {values.dtype}; it takes that of x, {x.dtype}")
-    if values.dim() != 1:
-        raise ValueError(
-            f"{op}: values has shape {tuple(values.shape)}; it takes one dimension, the room there is"
-        )
     for name, t in (("mask", mask), ("values", values), ("offsets", offsets)):
         if not t.is_contiguous():
             raise ValueError(
                 f"{op}: {name} has strides {t.stride()}; it takes a contiguous tensor to write to"
             )
+    if values.requires_grad:
+        raise ValueError(f"{op}: values requires grad; it takes a tensor that can be written to")
 
 
 _define(
@@ -603,16 +648,15 @@ def _check_unpack_zvc(mask: Tensor, values: Tensor, offsets: Tensor, size: list[
             raise ValueError(f"{op}: size is {list(size)}; it takes lengths of zero and more")
         n = n * length
     _check_zvc(op, "values", values)
-    if values.dim() != 1:
-        raise ValueError(f"{op}: values has shape {tuple(values.shape)}; it takes one dimension")
     _check_zvc_arrays(
-        op, n, mask=(mask, torch.uint8, (n + 7) // 8), offsets=(offsets, torch.int64, _tiles(n))
+        op,
+        n,
+        "values",
+        values,
+        mask=(mask, torch.uint8, (n + 7) // 8),
+        values=(values, values.dtype, None),
+        offsets=(offsets, torch.int64, _tiles(n)),
     )
-    if not mask.device == values.device == offsets.device:
-        raise ValueError(
-            f"{op}: mask, values and offsets are on {mask.device}, {values.device} and {offsets.device}; "
-            "they take one device"
-        )
 
 
 _define(
@@ -625,8 +669,9 @@ _define(
     setup_context=_no_gradient,
 )
 
-for _name in ("linear_24",):
-    _autocast(_name, "cpu", "cuda")
+for _name in OPS:
+    for _device_type in ("cpu", "cuda"):
+        _autocast(_name, _device_type)
 
 
 # ---- the public functions ----
@@ -697,6 +742,8 @@ def is_24(weight: Tensor) -> bool:
 
 def _first_dense_group(weight: Tensor) -> tuple[int, int] | None:
     """(row, group) of the first group with more than two non-zeros, rows counted over all leading dimensions."""
+    if weight.numel() == 0:
+        return None
     nonzero = (weight.detach() != 0).reshape(-1, weight.shape[-1] // 4, 4).sum(-1) > 2
     if not bool(nonzero.any()):
         return None
@@ -791,10 +838,10 @@ def linear_24(
 ) -> Tensor:
     """``y = activation(x · Wᵀ + bias)`` for a 2:4 weight W, straight from the packed form.
 
-    Sums are kept in fp32 (fp64 for fp64) and rounded once, after bias and activation. Elements of x
-    at positions that W does not keep are not read into the sum, so an infinity there does not make
-    a NaN as it would in a dense product with a zero. Differentiable in x, values and bias; under
-    autocast it runs in the autocast dtype.
+    Sums are kept in fp32 (fp64 for fp64) and rounded once, after bias and activation. Differentiable
+    in x, values and bias; under autocast it runs in the autocast dtype. Where x is infinite or NaN at
+    a position that W does not keep, a kernel that skips it gives a finite sum and one that multiplies
+    by zero a NaN; which of the two is not specified.
 
     Args:
         x: ``[..., K]`` float32, float16, bfloat16 (float64 on the reference back end), any strides,

@@ -48,10 +48,16 @@ class Samples:
         return self._to(torch.randn(shape, generator=self.generator, dtype=torch.float64))
 
     def sparse(self, *shape: int, density: float = 0.4) -> Tensor:
-        """As `dense`, with about `density` of the elements not zero."""
+        """Any bits, about `density` of the elements not zero; for ZVC, which knows no numbers."""
         keep = torch.rand(shape, generator=self.generator) < density
         nonzero = torch.randint(1, 100, shape, generator=self.generator)
-        return self._to(torch.where(keep, nonzero, 0))
+        bits = torch.where(keep, nonzero, 0)
+        if self.dtype is torch.bool:
+            return (bits != 0).to(self.device)
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+            self.dtype.itemsize
+        ]
+        return bits.to(integer).view(self.dtype).to(self.device)
 
     def packed(self, N: int, K: int) -> tuple[Tensor, Tensor]:
         return reference.pack_24(self.dense(N, K))

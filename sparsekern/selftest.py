@@ -104,14 +104,12 @@ def known_answers(
 ) -> str | None:
     """The short form: None if `op` of `backend` is right for `dtype` on `device`, else what is wrong."""
     function = getattr(backend, op)
-    for args in Samples(dtype, device).of(op, quick=True):
-        try:
+    try:
+        for args in Samples(dtype, device).of(op, quick=True):
             if reason := check(function, op, args):
                 return reason
-        except (
-            Exception
-        ) as error:  # a kernel that cannot even launch must not take the process along
-            return f"{type(error).__name__}: {error}"
+    except Exception as error:  # a kernel that cannot even launch must not take the process along
+        return f"{type(error).__name__}: {error}"
     return None
 
 

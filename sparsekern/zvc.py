@@ -60,6 +60,11 @@ class PackedZVC:
         Raises:
             ValueError: mask, values and offsets do not fit together or not this shape.
         """
+        if not _is_dense(self.shape, self.stride):
+            raise ValueError(
+                f"PackedZVC.unpack: stride is {self.stride}; it takes that of a tensor of shape "
+                f"{tuple(self.shape)} without gaps or overlaps"
+            )
         flat = ops.unpack_zvc(self.mask, self.values, self.offsets, [self.shape.numel()])
         return flat.as_strided(self.shape, self.stride)
 
@@ -68,6 +73,18 @@ class PackedZVC:
             f"PackedZVC(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"nbytes={self.nbytes}, ratio={self.ratio:.2f})"
         )
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether such a tensor fills its storage once, in some order of its dimensions."""
+    if len(shape) != len(stride):
+        return False
+    step = 1
+    for width, length in sorted((w, n) for n, w in zip(shape, stride, strict=True) if n != 1):
+        if width != step and 0 not in shape:
+            return False
+        step *= length
+    return True
 
 
 def pack_zvc(x: Tensor) -> PackedZVC:
@@ -95,8 +112,9 @@ def pack_zvc(x: Tensor) -> PackedZVC:
     (tensor([1., 2.]), tensor([48], dtype=torch.uint8), tensor([0., 0., 0., 0., 1., 2.]))
     """
     x = x.detach().resolve_conj().resolve_neg()
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    if not x.permute(order).is_contiguous():
-        x, order = x.contiguous(), list(range(x.dim()))
+    if not _is_dense(x.shape, x.stride()):
+        x = x.contiguous()
+    # In storage order a dense tensor is contiguous, so nothing is copied.
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
     mask, values, offsets = torch.ops.sparsekern.pack_zvc(x.permute(order))
     return PackedZVC(mask, values, offsets, x.shape, x.stride())

@@ -152,7 +152,7 @@ def gather_in_python(dense: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", FILLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_back_end_packs_prunes_and_unpacks_as_the_format_says(backend, dtype, kind):
     for shape in SHAPES:
         weight = fill(kind, dtype, *shape)
@@ -167,7 +167,7 @@ def test_every_back_end_packs_prunes_and_unpacks_as_the_format_says(backend, dty
             assert_same_bits(dense, weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_weights_on_several_threads_give_the_bits_of_the_reference(isa, dtype):
     for shape, kind in itertools.product(LARGE, ("specials", "random bits", "2:4")):
         weight = fill(kind, dtype, *shape)
@@ -179,7 +179,7 @@ def test_large_weights_on_several_threads_give_the_bits_of_the_reference(isa, dt
         assert_same_bits(cpu.gather_24(weight, meta), reference.gather_24(weight, meta))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_back_end_prunes_tiles_to_the_bits_of_the_reference(isa, dtype):
     for (N, K), kind in itertools.product([*SHAPES, (16, 1028)], FILLS):
         weight = fill(kind, dtype, 4 * N, K)
@@ -245,7 +245,7 @@ def test_prune_takes_any_leading_shape(backend):
 # ---- the public functions ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_public_functions_and_the_ops_give_the_bits_of_the_format(isa, dtype):
     weight = fill("specials", dtype, 8, 36)
     values, meta = pack_in_python(weight)
@@ -277,7 +277,9 @@ def test_empty_weights_go_through_every_public_function(isa, shape):
     assert [t.shape for t in back] == [values.shape, meta.shape]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 def test_prepacked_weights_come_back_bit_for_bit_from_any_strides(isa, dtype):
     for N, K in [(1, 4), (3, 20), (16, 64)]:
         values, meta = pack_in_python(fill("random bits", dtype, N, K))

@@ -26,9 +26,9 @@ print(backends.load("cpu").unavailable(torch.device("cpu")))
 """
 
 
-def install(tmp_path: Path, *options: str, **env: str) -> Path:
-    """Copy the sources that git tracks and pip-install them into a folder of their own."""
-    source, target = tmp_path / "source", tmp_path / "target"
+def sources(tmp_path: Path) -> Path:
+    """A copy of what git tracks, as it is in the work tree."""
+    copy = tmp_path / "source"
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -37,25 +37,26 @@ def install(tmp_path: Path, *options: str, **env: str) -> Path:
         text=True,
     ).stdout.split("\0")
     for name in filter(None, files):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--target",
-        str(target),
-        *options,
-        str(source),
-    ]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        command, env=os.environ | {"PATH": path} | env, capture_output=True, text=True
-    )
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
+
+
+def install(source: Path, target: Path, *options: str, **env: str) -> None:
+    """pip-install into a folder of its own."""
+    done = pip_install(source, target, *options, **env)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return target
+
+
+def pip_install(source: Path, target: Path, *options: str, **env: str):
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [*command, *options, str(source)],
+        env=os.environ | {"PATH": path} | env,
+        capture_output=True,
+        text=True,
+    )
 
 
 def probe(target: Path) -> subprocess.CompletedProcess:
@@ -70,8 +71,10 @@ def probe(target: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_an_isolated_install_builds_the_core_without_torch(tmp_path):
-    target = install(tmp_path)
+def test_an_isolated_install_builds_the_core_without_torch_and_can_be_repeated(tmp_path):
+    source, target = sources(tmp_path), tmp_path / "target"
+    install(source, tmp_path / "first")
+    install(source, target)  # what the first build left behind must not be in the way
     assert list((target / "sparsekern").glob("_cpu*.so"))
     assert not (target / "tests").exists()
     assert not (target / "benchmarks").exists()
@@ -81,8 +84,20 @@ def test_an_isolated_install_builds_the_core_without_torch(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_source_distribution_installs(tmp_path):
+    source, target = sources(tmp_path), tmp_path / "target"
+    build = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    install(archive, target, "--no-build-isolation")
+    assert list((target / "sparsekern").glob("_cpu*.so"))
+
+
+@pytest.mark.slow
 def test_without_a_compiler_the_install_succeeds_and_the_reference_serves(tmp_path):
-    target = install(tmp_path, "--no-build-isolation", CXX=str(tmp_path / "no-such-compiler"))
+    target = tmp_path / "target"
+    missing = str(tmp_path / "no-such-compiler")
+    install(sources(tmp_path), target, "--no-build-isolation", CXX=missing)
     assert not list((target / "sparsekern").glob("_cpu*"))
     done = probe(target)
     assert done.returncode == 0, done.stderr
@@ -93,25 +108,8 @@ def test_without_a_compiler_the_install_succeeds_and_the_reference_serves(tmp_pa
 
 @pytest.mark.slow
 def test_a_core_that_does_not_compile_is_an_error(tmp_path):
-    source = tmp_path / "broken"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    source = sources(tmp_path)
     (source / "csrc" / "cpu" / "dispatch.cpp").write_text("this is not C++")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--no-deps",
-            "--no-build-isolation",
-            "--target",
-            str(tmp_path / "target"),
-            str(source),
-        ],
-        env=os.environ | {"PATH": path},
-        capture_output=True,
-        text=True,
-    )
+    done = pip_install(source, tmp_path / "target", "--no-build-isolation")
     assert done.returncode != 0
     assert "dispatch.cpp" in done.stdout + done.stderr

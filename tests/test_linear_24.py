@@ -79,7 +79,7 @@ class Errors:
 
 
 @pytest.mark.parametrize(("N", "K"), WEIGHTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_errs_at_most_twice_as_much_as_torch(backend, dtype, N, K):
     draw = Draw(dtype)
     values, meta, dense = draw.weight(N, K)
@@ -99,7 +99,7 @@ def test_linear_errs_at_most_twice_as_much_as_torch(backend, dtype, N, K):
 
 
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "none"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_err_at_most_twice_as_much_as_torch(backend, dtype, activation):
     draw, f = Draw(dtype), ACTIVATIONS[activation]
     for M, N, K in [(3, 97, 64), (2, 129, 68), (16, 50, 36), (131, 49, 100)]:
@@ -113,7 +113,7 @@ def test_activations_err_at_most_twice_as_much_as_torch(backend, dtype, activati
         assert torch.equal(backend.linear_24_prepacked(x, packed, N, bias, activation), got)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_of_small_integers_are_exact(backend, dtype):
     draw = Draw(dtype, exact=True)
     activations = ("none", "relu", "relu2")
@@ -128,7 +128,7 @@ def test_products_of_small_integers_are_exact(backend, dtype):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradients_err_at_most_twice_as_much_as_torch(backend, dtype):
     for M, N, K in [(1, 97, 64), (11, 48, 100), (40, 5, 12), (130, 50, 1028), (513, 47, 36)]:
         draw = Draw(dtype)
@@ -176,6 +176,27 @@ def test_an_infinite_x_reaches_only_the_weights_that_keep_it(isa):
             want = F.linear(finite.double(), dense.double()).to(dtype)
             want[:, 7] = torch.inf
             torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_results_round_to_nearest_and_ties_to_even(backend, dtype):
+    # Each output is the sum of two elements, which fp32 holds exactly; every fourth or so is a tie.
+    generator = torch.Generator().manual_seed(0)
+    sign = torch.randint(2, (2, 1000), generator=generator) * 2 - 1
+    power = 2.0 ** torch.randint(-3, 4, (2, 1000), generator=generator)
+    a, b = (sign * (1 + torch.rand(2, 1000, generator=generator)) * power).to(dtype)
+    exact = a.double() + b.double()
+    assert torch.equal(exact.float().double(), exact)
+    ulp = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
+    ties = (exact / ulp).frac().abs() == 0.5
+    assert int(ties.sum()) > 20
+    meta = torch.full((1000, 1), 0x44, dtype=torch.uint8)
+    for scale in (1.0, 2.0**-16):  # the second makes denormals of fp16
+        values, want = torch.stack([a, b], 1), (exact * scale).to(dtype)
+        for M in (1, 3, 40):
+            x = torch.tensor([scale, scale, 0, 0], dtype=dtype).expand(M, 4)
+            got = backend.linear_24(x, values, meta)
+            torch.testing.assert_close(got, want.expand(M, -1), rtol=0, atol=0)
 
 
 def test_large_halves_overflow_to_infinity_and_small_ones_stay_denormal(backend):
@@ -404,7 +425,7 @@ def aten_sparse_mm():
 
 @pytest.mark.filterwarnings("ignore:.*prototype:UserWarning")
 @pytest.mark.parametrize("shape", [(1, 128), (7, 128), (2, 3, 128)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_pytorchs_own_subclass_runs_on_our_kernels(isa, aten_sparse_mm, dtype, shape):
     draw = Draw(dtype, exact=True)
     x, bias, (_, _, dense) = draw(*shape), draw(64), draw.weight(64, 128)

@@ -65,6 +65,17 @@ def test_wrong_input_is_named():
         layer(torch.zeros(3, 8, dtype=torch.float16))
 
 
+def test_wrong_input_to_a_padded_layer_is_named_as_the_user_knows_it():
+    with pytest.raises(ValueError, match=r"input has shape \(3, 7\); it takes \[\.\.\., 6\]"):
+        sk.SparseLinear(6, 2)(torch.zeros(3, 7))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_inputs_gives_its_bias():
+    layer = sk.SparseLinear.from_linear(nn.Linear(0, 3), prune=False)
+    assert torch.equal(layer(torch.zeros(2, 0)), layer.bias.expand(2, 3))
+
+
 def test_the_initialisation_is_that_of_nn_linear_pruned():
     torch.manual_seed(1)
     layer = sk.SparseLinear(30, 8)
@@ -130,8 +141,7 @@ def test_bytes_at_rest_keep_the_promise():
             storages = {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors
             }
-            emptied = form._values.untyped_storage().nbytes() if form.prepacked else 0
-            assert sum(storages.values()) + emptied <= most * dense
+            assert sum(storages.values()) <= most * dense
 
 
 # ---- training ----
@@ -187,13 +197,72 @@ def test_training_a_prepacked_layer_unpacks_it_and_the_optimiser_still_holds_it(
     layer.prepack()
     assert layer.prepacked
     assert not layer.training
-    assert not hasattr(layer, "values")
+    assert layer.values is None
     assert torch.equal(layer.weight, before)
     layer.train()
     assert not layer.prepacked
     layer(torch.ones(2, 16)).sum().backward()
     opt.step()
     assert not torch.equal(layer.weight, before)
+
+
+def test_prepacking_keeps_the_order_of_parameters_so_that_optimiser_states_fit():
+    layer = sk.SparseLinear(4, 2).prepack().train()
+    assert [name for name, _ in layer.named_parameters()] == ["values", "bias"]
+    opt = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(2, 4)).sum().backward()
+    opt.step()
+    other = sk.SparseLinear(4, 2)
+    opt2 = torch.optim.Adam(other.parameters())
+    opt2.load_state_dict(opt.state_dict())
+    other(torch.randn(2, 4)).sum().backward()
+    opt2.step()
+
+
+def test_prepacking_one_layer_leaves_those_it_shares_with_alone():
+    a, b = sk.SparseLinear(8, 8), sk.SparseLinear(8, 8)
+    b.values, b.meta = a.values, a.meta
+    c = copy.copy(a)
+    x = torch.randn(2, 8)
+    want = a(x)
+    a.prepack()
+    torch.testing.assert_close(b(x) - b.bias, want - a.bias)
+    assert torch.equal(c(x), want)
+    d = sk.SparseLinear(8, 8)
+    d.load_state_dict(b.state_dict(keep_vars=True), assign=True)
+    d.prepack()
+    assert torch.equal(b(x), d(x))
+
+
+def test_prepacking_between_forward_and_backward_keeps_the_gradient():
+    layer = sk.SparseLinear(8, 4)
+    x = torch.randn(2, 8, requires_grad=True)
+    y = layer(x).sum()
+    layer.prepack()
+    y.backward()
+    assert torch.allclose(x.grad, layer.weight.detach().sum(0).expand(2, 8))
+
+
+def test_prepacking_in_inference_mode_can_be_trained_later():
+    layer = sk.SparseLinear(8, 4, bias=False)
+    with torch.inference_mode():
+        layer.prepack()
+        layer(torch.randn(2, 8))
+    layer.train()
+    layer(torch.randn(2, 8)).sum().backward()
+    assert layer.values.grad is not None
+    with torch.inference_mode():
+        layer.prepack().train()
+    layer(torch.randn(2, 8)).sum().backward()
+
+
+def test_a_frozen_layer_saves_no_activation():
+    layer = sk.SparseLinear(8, 4).requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert {t.shape for t in saved} == {layer.values.shape, layer.meta.shape}
 
 
 # ---- saving and moving ----
@@ -263,6 +332,41 @@ def test_loading_checks_what_it_reads():
     with pytest.raises(RuntimeError, match="Missing key"):
         layer.load_state_dict({"bias": good["bias"]})
     assert torch.equal(layer.state_dict()["meta"], good["meta"])
+
+
+def test_no_way_of_loading_gets_past_the_check():
+    layer = sk.SparseLinear(8, 8)
+    illegal = torch.zeros_like(layer.meta)
+    with pytest.raises(RuntimeError, match="nibble 0"):
+        layer.load_state_dict({"meta": illegal}, strict=False)
+    layer = sk.SparseLinear(8, 8)
+    state = layer.state_dict() | {"renamed": illegal}
+    del state["meta"]
+
+    def rename(module, state_dict, prefix, *_):
+        state_dict[prefix + "meta"] = state_dict.pop(prefix + "renamed")
+
+    layer.register_load_state_dict_pre_hook(rename)
+    with pytest.raises(RuntimeError, match="nibble 0"):
+        layer.load_state_dict(state)
+
+
+def test_a_dense_state_dict_on_meta_can_be_assigned():
+    layer = sk.SparseLinear(8, 4)
+    layer.load_state_dict(nn.Linear(8, 4, device="meta").state_dict(), assign=True)
+    assert layer.values.is_meta
+
+
+def test_a_copy_of_a_prepacked_layer_keeps_what_the_user_registered():
+    layer = sk.SparseLinear(8, 4)
+    layer.register_buffer("scale", torch.ones(1))
+    layer.register_buffer("cache", torch.ones(1), persistent=False)
+    other = copy.deepcopy(layer.prepack())
+    assert other.prepacked
+    assert torch.equal(other.scale, layer.scale)
+    assert "cache" not in other.state_dict()
+    assert set(other.state_dict()) == {"values", "meta", "bias", "scale"}
+    assert set(copy.deepcopy(layer).train().state_dict()) == {"values", "meta", "bias", "scale"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -339,9 +443,22 @@ def test_autocast_like_nn_linear(layer):
     x = torch.randn(2, 20)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
-        assert y.dtype is (torch.float32 if layer.prepacked else torch.bfloat16)
+        assert y.dtype is torch.bfloat16
         # an input that an earlier layer made bf16 is taken by both forms
         assert layer(x.bfloat16()).dtype is y.dtype
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+def test_compiled_under_autocast(prepack):
+    layer = sk.SparseLinear(8, 8).eval()
+    if prepack:
+        layer.prepack()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = compiled(x), layer(x)
+    assert got.dtype is want.dtype is torch.bfloat16
+    assert torch.equal(got, want)
 
 
 def test_inference_mode_and_vectors(layer):
@@ -404,6 +521,23 @@ def test_sparsify_a_transformer(training):
         assert model.layers[0].linear1.values.grad is not None
 
 
+@pytest.mark.parametrize("only", [None, "layers.0", "layers.1"])
+def test_a_sparsified_encoder_takes_a_padding_mask_in_eval_mode(only):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
+    dense = pruned_copy(model)
+    if only:
+        keep = model.layers[1 if only == "layers.0" else 0].state_dict()
+        dense.layers[1 if only == "layers.0" else 0].load_state_dict(keep)
+    sk.sparsify_(model, filter_fn=lambda _, name: only is None or name.startswith(only))
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[:, 4] = True
+    x = torch.randn(3, 5, 32)
+    with torch.no_grad():
+        got, want = (m(x, src_key_padding_mask=mask) for m in (model, dense))
+    torch.testing.assert_close(got[:, :4], want[:, :4], rtol=1e-4, atol=1e-5)
+
+
 def test_in_eval_mode_a_transformer_uses_the_sparse_product(monkeypatch):
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1).eval()
     sk.sparsify_(model)
@@ -429,12 +563,22 @@ def test_sparsify_leaves_alone_what_a_swap_would_break():
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 4)),
             "hooked": nn.Linear(16, 4),
             "integer": nn.Linear(16, 4),
+            "patched": nn.Linear(16, 4),
+            "watched": nn.Linear(16, 4),
+            "saved": nn.Linear(16, 4),
+            "lazy": nn.LazyLinear(4),
+            "tied": nn.Linear(16, 4),
+            "knot": nn.Linear(16, 4),
             "unwanted": nn.Linear(16, 4),
             "plain": nn.Linear(16, 4),
         }
     )
     model["head"].weight = model["embedding"].weight
     model["hooked"].register_forward_hook(lambda *_: None)
+    model["patched"].forward = lambda x: x
+    model["watched"].weight.register_hook(lambda g: g)
+    model["saved"].register_state_dict_post_hook(lambda *_: None)
+    model["knot"].weight = nn.Parameter(model["tied"].weight.data)
     model["integer"].weight = nn.Parameter(
         torch.zeros(4, 16, dtype=torch.int8), requires_grad=False
     )
@@ -444,7 +588,10 @@ def test_sparsify_leaves_alone_what_a_swap_would_break():
     assert "shared with another module" in reasons["head"]
     assert "subclass of nn.Linear" in reasons["own"]
     assert "parametrized" in reasons["normed"]
-    assert "hooks" in reasons["hooked"]
+    assert all("hooks" in reasons[name] for name in ("hooked", "watched", "saved"))
+    assert "forward was replaced" in reasons["patched"]
+    assert "lazy" in reasons["lazy"]
+    assert all("shared" in reasons[name] for name in ("tied", "knot"))
     assert "int8" in reasons["integer"]
     assert reasons["unwanted"] == "filter_fn said no"
     assert all(r.bytes_after == r.bytes_before for r in report.skipped)
@@ -456,6 +603,13 @@ def test_one_layer_under_two_names_stays_one_layer():
     report = sk.sparsify_(model)
     assert len(report.swapped) == 2
     assert model[0] is model[2]
+
+
+def test_a_no_to_one_name_of_a_layer_leaves_all_its_names_alone():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    sk.sparsify_(model, filter_fn=lambda _, name: name != "a")
+    assert model["a"] is model["b"] is shared
 
 
 def test_without_pruning_an_error_leaves_the_model_as_it_was():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +181,30 @@ def test_autocast_runs_the_product_in_its_dtype_and_returns_fp32_gradients(dtype
     assert sk.linear_24(x, values, meta, bias).dtype is torch.float32
 
 
+FIRST_USE = """
+import torch, sparsekern as sk
+values, meta = sk.pack_24(torch.randn(64, 64), prune=True)
+x = torch.randn(4, 64, requires_grad=True)
+values.requires_grad_()
+y = sk.linear_24(x, values, meta, None, "gelu")
+with torch.autocast("cpu"):  # every kernel of the backward is used for the first time in here
+    y.sum().backward()
+want = torch.nn.functional.gelu(x.detach().requires_grad_() @ sk.unpack_24(values, meta).T)
+gx, gv = torch.autograd.grad(sk.linear_24(x, values, meta, None, "gelu").sum(), (x, values))
+assert x.grad.dtype is values.grad.dtype is torch.float32
+assert torch.equal(x.grad, gx) and torch.equal(values.grad, gv)
+"""
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_does_not_reach_into_kernels_or_their_self_test(backend):
+    env = os.environ | {"SPARSEKERN_BACKEND": backend, "PYTHONWARNINGS": "error::RuntimeWarning"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USE], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_autocast_leaves_float64_alone():
     values, meta = packed_weight(4, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -235,3 +263,58 @@ def test_the_backend_variable_is_checked(monkeypatch):
         ValueError, match="SPARSEKERN_BACKEND is 'abacus'; it takes one of cpu, reference"
     ):
         backends.order("cpu")
+
+
+# ---- what is written, and where ----
+
+
+def test_autograd_notices_what_pack_zvc_out_overwrites():
+    x = torch.relu(torch.randn(100))
+    mask, offsets = torch.empty(13, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
+    count, room = torch.empty(1, dtype=torch.int64), torch.ones(100)
+    weight = torch.ones(100, requires_grad=True)
+    y = (weight * room).sum()
+    _ops.pack_zvc_out(x, mask, room, offsets, count)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with pytest.raises(ValueError, match="pack_zvc_out: values requires grad"):
+        _ops.pack_zvc_out(x, mask, weight, offsets, count)
+    with torch.inference_mode():
+        _ops.pack_zvc_out(x, mask, torch.empty(100), offsets, count)
+
+
+def test_an_argument_on_another_device_is_named():
+    meta = torch.full((4, 1), 68, dtype=torch.uint8, device="meta")
+    with pytest.raises(
+        ValueError, match="gather_24: meta is on meta; it takes the device of dense"
+    ):
+        _ops.gather_24(torch.randn(4, 8), meta)
+    with pytest.raises(
+        ValueError, match="linear_24: meta is on meta; it takes the device of values"
+    ):
+        _ops.linear_24(torch.randn(2, 8), torch.randn(4, 4), meta)
+    with pytest.raises(
+        ValueError, match="linear_24_dvalues: meta is on meta; it takes the device of x"
+    ):
+        _ops.linear_24_dvalues(torch.randn(2, 4), torch.randn(2, 8), meta)
+    empty = {"dtype": torch.int64, "device": "cpu"}
+    mask = torch.empty(1, dtype=torch.uint8, device="meta")
+    x, offsets, count = torch.randn(4), torch.empty(1, **empty), torch.empty(1, **empty)
+    with pytest.raises(ValueError, match="pack_zvc_out: mask is on meta; it takes the device of x"):
+        _ops.pack_zvc_out(x, mask, torch.empty(4), offsets, count)
+
+
+def test_sparse_layouts_are_refused_by_name():
+    values, meta = sk.pack_24(torch.randn(4, 8), prune=True)
+    with pytest.raises(TypeError, match=r"linear_24: x has layout torch\.sparse_coo"):
+        sk.linear_24(torch.eye(8).to_sparse(), values, meta)
+    with pytest.raises(TypeError, match=r"prune_24: weight has layout torch\.sparse_coo"):
+        sk.prune_24(torch.eye(8).to_sparse())
+
+
+def test_a_weight_without_columns_is_packed():
+    assert sk.is_24(torch.zeros(3, 0))
+    values, meta = sk.pack_24(torch.zeros(3, 0))
+    assert (values.shape, meta.shape) == ((3, 0), (3, 0))
+    assert sk.unpack_24(values, meta).shape == (3, 0)
+    assert sk.prune_24(torch.zeros(3, 0)).shape == (3, 0)

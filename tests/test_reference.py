@@ -119,7 +119,9 @@ VALUES = torch.tensor([[2, 4, 1, 4, 3, 4], [8, 7, 0, 0, 6, 5]])
 META = torch.tensor([[205, 78], [68, 73]], dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.int8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.float64, torch.int8], ids=str
+)
 def test_even_groups_sit_in_the_low_half_and_an_odd_last_group_leaves_the_high_half_4(dtype):
     values, meta = reference.pack_24(DENSE.to(dtype))
     assert values.dtype is dtype
@@ -172,7 +174,7 @@ def test_equal_tiles_keep_the_first_mask_and_a_nan_is_kept():
     assert reference.prune_24_transposable(tile)[0].isnan().tolist() == [False, False, False, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_random_tiles_keep_as_much_as_any_mask_could(dtype):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(80, 100, generator=generator, dtype=torch.float64).to(dtype)
@@ -202,7 +204,7 @@ W_META = torch.tensor([[77], [233]], dtype=torch.uint8)
 X = torch.tensor([[1.0, 10, 100, 1000, 2, 20, 200, 2000]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_linear_of_a_product_worked_out_by_hand(dtype):
     x, values = X.to(dtype), W_VALUES.to(dtype)
     # 5*10 + 7*1000 + 1*2 + 2*20 = 7092        -1*10 + 1*100 + 3*200 = 690
