@@ -391,7 +391,7 @@ def _linear_backward(ctx, dy):
         need = _needed(ctx, "x values meta bias")
         dx = _ops.linear_24_dx(dz, values, meta) if need["x"] else None
         dvalues = _ops.linear_24_dvalues(dz, x, meta) if need["values"] else None
-    dbias = dz.reshape(-1, dz.shape[-1]).sum(0) if need["bias"] else None
+    dbias = dz.sum_to_size(dz.shape[-1]) if need["bias"] else None
     return (dx, dvalues, None, dbias, None)[: len(ctx.needs_input_grad)]
 
 
@@ -556,7 +556,7 @@ def _linear_prepacked_backward(ctx, dy):
         )
         if need["x"]:
             dx = _ops.linear_24_dx(dz, *_ops.unprepack_24(packed, ctx.N, ctx.K, ctx.dtype))
-    dbias = dz.reshape(-1, ctx.N).sum(0) if need["bias"] else None
+    dbias = dz.sum_to_size(ctx.N) if need["bias"] else None
     return (dx, None, None, dbias, None)[: len(ctx.needs_input_grad)]
 
 

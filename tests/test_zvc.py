@@ -330,12 +330,16 @@ REFUSED = [
     (
         lambda: sk.unpack_zvc(B, X[:0].to("meta"), O, [5000]),
         ValueError,
-        "unpack_zvc meta one device",
+        "unpack_zvc mask cpu values, meta",
     ),
     (lambda: OPS.pack_zvc_out(X, B[1:], X, O, C), ValueError, "pack_zvc_out mask (624,) (625,)"),
     (lambda: OPS.pack_zvc_out(X, B, X, C, C), ValueError, "pack_zvc_out offsets (1,) (2,)"),
     (lambda: OPS.pack_zvc_out(X, B, X, O, O), ValueError, "pack_zvc_out count (2,) (1,)"),
-    (lambda: OPS.pack_zvc_out(X, B, X.half(), O, C), TypeError, "pack_zvc_out values float16 x"),
+    (
+        lambda: OPS.pack_zvc_out(X, B, X.half(), O, C),
+        TypeError,
+        "pack_zvc_out values float16 float32",
+    ),
     (lambda: OPS.pack_zvc_out(X, B, X[None], O, C), ValueError, "pack_zvc_out values (1, 5000)"),
     (
         lambda: OPS.pack_zvc_out(X, B, X[::2], O, C),
