@@ -32,7 +32,10 @@ class CMakeBuild(build_ext):
         built = build / target.name
         if built.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(built), str(target))
+            # Renamed into place: a process that has the old one mapped keeps it whole.
+            fresh = target.with_suffix(".new")
+            self.copy_file(str(built), str(fresh))
+            fresh.replace(target)
         else:
             print(
                 "sparsekern: no C++ compiler, installing without the compiled kernels",

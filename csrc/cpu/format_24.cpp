@@ -101,10 +101,10 @@ template <class Word>
 void unpack_row(const Word* values, const uint8_t* meta, Word* dense, int64_t groups) {
   for (int64_t g = 0; g < groups; ++g, values += 2, dense += 4) {
     const unsigned nibble = meta[g / 2] >> (g % 2 * 4) & 15;
-    Word group[4] = {};
-    group[nibble & 3] = values[0];
-    group[nibble >> 2] = values[1];
-    std::memcpy(dense, group, sizeof group);
+    // Straight to memory: through a local array, the load after the scattered stores would stall.
+    dense[0] = dense[1] = dense[2] = dense[3] = 0;
+    dense[nibble & 3] = values[0];
+    dense[nibble >> 2] = values[1];
   }
 }
 
