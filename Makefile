@@ -62,6 +62,7 @@ sanitize: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/linear_24.py
 
 # The table of the README comes from the back ends' own declarations.
 readme: $(VENV)/installed

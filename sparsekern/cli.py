@@ -235,7 +235,10 @@ def demo(
     a picture beside the two checkpoints. Exit code 1 if the packed network does not compute what
     the masked dense one does.
     """
-    from . import demo as demonstration
+    try:
+        from . import demo as demonstration
+    except ImportError as error:
+        _refuse(f"the demo needs more packages ({error}): pip install 'sparsekern[demo]'")
 
     settings = demonstration.Settings(
         data=data,
