@@ -52,13 +52,14 @@ sanitize: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZE) -G Ninja -DSPARSEKERN_SANITIZE=ON \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZE)
-	rm -rf $(SANITIZE)/site && mkdir -p $(SANITIZE)/site && cp -r sparsekern $(SANITIZE)/site/
+	rm -rf $(SANITIZE)/site $(SANITIZE)/report.* && mkdir -p $(SANITIZE)/site && cp -r sparsekern $(SANITIZE)/site/
 	rm -f $(SANITIZE)/site/sparsekern/_cpu*.so && cp $(SANITIZE)/_cpu*.so $(SANITIZE)/site/sparsekern/
 	PYTHONPATH=$(CURDIR)/$(SANITIZE)/site \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:log_path=$(CURDIR)/$(SANITIZE)/report \
+	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZE)/report \
 	  $(BIN)/pytest -n $(JOBS) --sanitized tests/test_formats_24.py tests/test_linear_24.py tests/test_zvc.py \
-	  tests/test_fuzz.py tests/test_threads.py tests/test_reference.py
+	  tests/test_fuzz.py tests/test_threads.py tests/test_reference.py || { cat $(SANITIZE)/report.* ; exit 1; }
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py

@@ -23,12 +23,13 @@ from torch import nn
 import sparsekern as sk
 
 
-def call_time(call: Callable[[], object], calls: int = 200) -> float:
-    """Microseconds per call, over `calls` calls."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls * 1e6
+def call_time(call: Callable[[], object], mode: Callable, calls: int = 200) -> float:
+    """Microseconds per call, over `calls` calls, within the context that `mode` makes."""
+    with mode():
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls * 1e6
 
 
 def spread(values: list[float]) -> str:
@@ -36,34 +37,24 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.1f} [{tenths[0]:.1f}, {tenths[-1]:.1f}]"
 
 
-def cases(features: int) -> dict[str, tuple[Callable, Callable]]:
-    """Name to (dense call, sparse call)."""
+def cases(features: int) -> dict[str, tuple[Callable, Callable, Callable]]:
+    """Name to (context, dense call, sparse call)."""
     dense, sparse = nn.Linear(features, features), sk.SparseLinear(features, features)
     frozen = sk.SparseLinear(features, features).prepack()
     x = torch.randn(1, features)
 
-    def in_mode(mode: Callable, layer: nn.Module) -> Callable:
-        def call():
-            with mode():
-                layer(x)
-
-        return call
-
     def step(layer: nn.Module) -> Callable:
         return lambda: layer(x).sum().backward()
 
+    def call(layer: nn.Module) -> Callable:
+        return lambda: layer(x)
+
     return {
-        "inference_mode": (
-            in_mode(torch.inference_mode, dense),
-            in_mode(torch.inference_mode, sparse),
-        ),
-        "inference_mode, prepacked": (
-            in_mode(torch.inference_mode, dense),
-            in_mode(torch.inference_mode, frozen),
-        ),
-        "no_grad": (in_mode(torch.no_grad, dense), in_mode(torch.no_grad, sparse)),
-        "forward, grad": (lambda: dense(x), lambda: sparse(x)),
-        "forward and backward": (step(dense), step(sparse)),
+        "inference_mode": (torch.inference_mode, call(dense), call(sparse)),
+        "inference_mode, prepacked": (torch.inference_mode, call(dense), call(frozen)),
+        "no_grad": (torch.no_grad, call(dense), call(sparse)),
+        "forward, grad": (torch.enable_grad, call(dense), call(sparse)),
+        "forward and backward": (torch.enable_grad, step(dense), step(sparse)),
     }
 
 
@@ -77,16 +68,15 @@ def main() -> None:
 
     torch.set_num_threads(1)
     table = Table(
-        title=f"µs per call, batch 1, {options.features} features, median [p10, p90]; "
+        title=f"µs per call, batch 1, {options.features} features, median \\[p10, p90]; "
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.processor() or platform.machine()}"
     )
     for column in ("case", "nn.Linear", "SparseLinear", "difference"):
         table.add_column(column, justify="left" if column == "case" else "right")
-    for name, (dense, sparse) in track(
-        cases(options.features).items(), "measuring", transient=True
-    ):
-        call_time(dense), call_time(sparse)
-        pairs = [(call_time(dense), call_time(sparse)) for _ in range(options.rounds)]
+    for name, (mode, *sides) in track(cases(options.features).items(), "measuring", transient=True):
+        for side in sides:
+            call_time(side, mode)
+        pairs = [[call_time(side, mode) for side in sides] for _ in range(options.rounds)]
         dense_times, sparse_times = ([p[side] for p in pairs] for side in (0, 1))
         table.add_row(
             name, spread(dense_times), spread(sparse_times), spread([s - d for d, s in pairs])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import ACTIVATIONS, FORMAT_DTYPES, ZVC_DTYPES
-from ..reference import rows_of, split_packed
+from ..reference import rows_of
 
 try:
     from .. import _cpu
@@ -150,24 +150,42 @@ def gather_24(dense: Tensor, meta: Tensor) -> Tensor:
 def linear_24(
     x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    N, half = values.shape
-    y = x.new_empty((*x.shape[:-1], N))
-    rows = x if x.dim() == 2 else rows_of(x)
-    # Held by name until the kernel returns: a temporary's memory would be free for reuse while it
-    # runs.
+    # Names hold what may be a copy until the kernel returns.
     values, meta = values.contiguous(), meta.contiguous()
-    bias = bias.contiguous() if bias is not None else None
+    return _linear_24(x, values.data_ptr(), meta.data_ptr(), values.shape[0], bias, activation)
+
+
+def linear_24_prepacked(
+    x: Tensor, packed: Tensor, N: int, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    # No layout has been measured to pay on the CPU: prepack_24 is the reference's identity, the
+    # bytes of values followed by those of meta.
+    packed = packed.contiguous()
+    values = packed.data_ptr()
+    meta = values + N * (x.shape[-1] // 2) * x.element_size()
+    return _linear_24(x, values, meta, N, bias, activation)
+
+
+def _linear_24(
+    x: Tensor, values: int, meta: int, N: int, bias: Tensor | None, activation: str
+) -> Tensor:
+    if x.dim() == 2:
+        rows, y = x, x.new_empty(x.shape[0], N)
+    else:
+        rows, y = rows_of(x), x.new_empty((*x.shape[:-1], N))
+    M, K = rows.shape
+    if bias is not None:
+        bias = bias.contiguous()
     _cpu.linear_24(
         rows.data_ptr(),
-        rows.stride(0),
-        rows.stride(1),
-        values.data_ptr(),
-        meta.data_ptr(),
+        *rows.stride(),
+        values,
+        meta,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        rows.shape[0],
+        M,
         N,
-        2 * half,
+        K,
         _DTYPE[x.dtype],
         _ACTIVATION[activation],
         _threads(),
@@ -181,13 +199,6 @@ def linear_24_dx(dy: Tensor, values: Tensor, meta: Tensor) -> Tensor:
 
 def linear_24_dvalues(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
     return gather_24(rows_of(dy).mT @ rows_of(x), meta)
-
-
-def linear_24_prepacked(
-    x: Tensor, packed: Tensor, N: int, bias: Tensor | None = None, activation: str = "none"
-) -> Tensor:
-    # No layout has been measured to pay on the CPU: prepack_24 is the reference's identity.
-    return linear_24(x, *split_packed(packed, N, x.shape[-1], x.dtype), bias, activation)
 
 
 # ---- zero-value compression ----
