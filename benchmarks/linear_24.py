@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     print(
         f"{cpu_name()}, tier {cpu.isa()}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"`python benchmarks/linear_24.py {' '.join(sys.argv[1:])}`\n"
+        f"`{' '.join(['python', *sys.argv])}`\n"
     )
     print("| dtype | M | N x K | threads | dense, ms | linear_24, ms | dense / ours [p10, p90] |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
