@@ -13,7 +13,6 @@ import copy
 import importlib.util
 import json
 import math
-import resource
 import statistics
 import time
 import zipfile
@@ -51,9 +50,6 @@ LATENCY_BATCHES = (1, 16, 256)
 # largest logit.
 LOGIT_TOLERANCE = 1e-5
 EQUAL_SPEED = 0.03  # medians closer than this are called equal
-# Interruptions per call from which latencies say more about the machine's other work: a thread
-# that waits for one without a core loses milliseconds.
-BUSY = 0.2
 
 DENSE_COLOUR, PACKED_COLOUR, PREPACKED_COLOUR = "#5b7083", "#d9772b", "#8b5a9e"
 
@@ -124,9 +120,6 @@ class Latency:
     batch: int
     ms: dict[str, Timing]
     speed: dict[str, float]
-    interruptions: (
-        float  # per timed call: how often the system took a core away for another process
-    )
 
 
 @dataclass(frozen=True)
@@ -566,17 +559,10 @@ def measure_latency(
     found = []
     for batch in LATENCY_BATCHES:
         rows = torch.arange(batch, device=x.device) % len(x)
-        before = _interruptions()
         ms = _interleaved(forms, x[rows], seconds)
-        calls = sum(t.rounds for t in ms.values())
-        interruptions = (_interruptions() - before) / calls
         speed = {name: ms["dense"].median / t.median for name, t in ms.items() if name != "dense"}
-        found.append(Latency(batch, ms, speed, interruptions))
+        found.append(Latency(batch, ms, speed))
     return found
-
-
-def _interruptions() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _prepacked(packed: nn.Sequential) -> nn.Sequential | None:
@@ -627,11 +613,6 @@ def report(results: Results, out: Path, console: Console) -> None:
     for one in results.checks:
         verdict = "[green]ok[/green]" if one.ok else "[bold red]FAILED[/bold red]"
         console.print(f"{verdict}  {one.name}: {one.found}")
-    if (worst := max(r.interruptions for r in results.latency)) > BUSY:
-        console.print(
-            "[yellow]busy[/yellow]  other processes took a core away up to "
-            f"{worst:.1f} times a timed call: repeat on an idle machine before trusting a latency"
-        )
     console.print(
         f"\nWrote demo.png, dense.safetensors, sparse.safetensors and results.json to {out}/ "
         f"({results.seconds:.0f} s in all)"
