@@ -34,11 +34,11 @@ _SHORT = {
     torch.uint8: "uint8",
 }
 
-# Medians of 2048 x 2048 weights and 4 Mi elements, fp32 and bf16, on 2 cores with AVX-512.
+# Ratios of medians at 2048 x 2048 weights and 4 Mi elements, fp32 and bf16, 2 cores with AVX-512.
 REFERENCE_COST = (
     "the reference is plain torch: against the compiled core, pruning, packing and compression are "
-    "about 15 to 200 times slower, a product of one token about 50 times, of many tokens 1 to 3 "
-    "times (2 cores, AVX-512)"
+    "5 to 240 times slower, a product of one token 60 to 80 times, of 16 tokens 4 to 11 times, of "
+    "256 tokens up to 2 times (2 cores, AVX-512)"
 )
 
 
