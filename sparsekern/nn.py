@@ -75,7 +75,9 @@ class SparseLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """nn.Linear's initialisation, pruned to 2:4."""
+        """nn.Linear's initialisation, pruned to 2:4; a prepacked layer is one again afterwards."""
+        prepacked, training = self.prepacked, self.training
+        self.unprepack()
         dense = nn.Linear(
             self.in_features,
             self.out_features,
@@ -87,6 +89,8 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(dense.bias)
+        if prepacked:
+            self.prepack().training = training
 
     @torch.no_grad()
     def _assign(self, weight: Tensor) -> None:
@@ -150,7 +154,7 @@ class SparseLinear(nn.Module):
 
         `values` and `meta` are None from then on, and `packed` holds the weight; an optimiser that holds the
         Parameter keeps its memory. ``state_dict`` stays the same. ``train()`` turns the layer back, with the same
-        Parameter if something still holds it.
+        Parameter if something still holds it, and with the ``requires_grad`` that `values` had before.
         """
         if self.prepacked or self.meta.is_meta:
             return self.eval()
@@ -263,7 +267,8 @@ class SparseLinear(nn.Module):
     def _check_loaded(self, state_dict: dict, prefix: str) -> None:
         """Pack a dense weight; refuse a packed one that is not legal."""
         dense, values, meta = prefix + "weight", prefix + "values", prefix + "meta"
-        if dense in state_dict and values not in state_dict:
+        found = {k for k in (dense, values, meta) if isinstance(state_dict.get(k), Tensor)}
+        if dense in found and values not in state_dict:
             weight = state_dict.pop(dense)
             if tuple(weight.shape) != (self.out_features, self.in_features):
                 raise ValueError(
@@ -271,8 +276,9 @@ class SparseLinear(nn.Module):
                 )
             packed = ops.pack_24(_pad(weight.detach()), prune=weight.is_meta)
             state_dict[values], state_dict[meta] = packed
-        elif meta in state_dict and not state_dict[meta].is_meta:
-            ops.check_24(state_dict.get(values, self.values).detach(), state_dict[meta])
+        elif meta in found and not state_dict[meta].is_meta:
+            stored = state_dict[values] if values in found else self.values
+            ops.check_24(stored.detach(), state_dict[meta])
 
     # ---- the product ----
 
@@ -465,6 +471,8 @@ def _reason_to_skip(layer: nn.Linear, parents: list[nn.Module], owners: dict[int
             return f"its {name} has hooks, which would be lost"
     if any(hooks for name, hooks in layer.__dict__.items() if name.endswith("hooks")):
         return "it has hooks, which would be lost"
+    if layer._modules or layer._buffers:
+        return "it holds modules or buffers of its own, which would be lost"
     if "forward" in layer.__dict__:
         return "its forward was replaced"
     return ""

@@ -234,9 +234,7 @@ def _no_autocast(t: Tensor):
 
 
 def _no_gradient(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(*output) if isinstance(
-        output, tuple
-    ) else ctx.mark_non_differentiable(output)
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
 
 
 # ---- prune_24, prune_24_transposable: straight-through gradients ----

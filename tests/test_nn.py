@@ -351,6 +351,24 @@ def test_no_way_of_loading_gets_past_the_check():
         layer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["values", "meta", "weight"])
+def test_a_state_dict_of_something_else_than_tensors_is_an_error(name):
+    layer = sk.SparseLinear(8, 4)
+    state = layer.state_dict()
+    if name == "weight":
+        del state["values"]
+    with pytest.raises(RuntimeError, match=r"Missing key|expected torch\.Tensor"):
+        layer.load_state_dict(state | {name: 3})
+
+
+def test_a_prepacked_layer_can_be_initialised_again():
+    layer = sk.SparseLinear(8, 4).prepack()
+    before = layer.weight
+    layer.reset_parameters()
+    assert layer.prepacked
+    assert not torch.equal(layer.weight, before)
+
+
 def test_a_dense_state_dict_on_meta_can_be_assigned():
     layer = sk.SparseLinear(8, 4)
     layer.load_state_dict(nn.Linear(8, 4, device="meta").state_dict(), assign=True)
@@ -564,6 +582,7 @@ def test_sparsify_leaves_alone_what_a_swap_would_break():
             "hooked": nn.Linear(16, 4),
             "integer": nn.Linear(16, 4),
             "patched": nn.Linear(16, 4),
+            "holder": nn.Linear(16, 4),
             "watched": nn.Linear(16, 4),
             "saved": nn.Linear(16, 4),
             "lazy": nn.LazyLinear(4),
@@ -576,6 +595,7 @@ def test_sparsify_leaves_alone_what_a_swap_would_break():
     model["head"].weight = model["embedding"].weight
     model["hooked"].register_forward_hook(lambda *_: None)
     model["patched"].forward = lambda x: x
+    model["holder"].register_buffer("scale", torch.ones(1))
     model["watched"].weight.register_hook(lambda g: g)
     model["saved"].register_state_dict_post_hook(lambda *_: None)
     model["knot"].weight = nn.Parameter(model["tied"].weight.data)
@@ -591,6 +611,7 @@ def test_sparsify_leaves_alone_what_a_swap_would_break():
     assert all("hooks" in reasons[name] for name in ("hooked", "watched", "saved"))
     assert "forward was replaced" in reasons["patched"]
     assert "lazy" in reasons["lazy"]
+    assert "buffers of its own" in reasons["holder"]
     assert all("shared" in reasons[name] for name in ("tied", "knot"))
     assert "int8" in reasons["integer"]
     assert reasons["unwanted"] == "filter_fn said no"
