@@ -1,13 +1,11 @@
 // The CPU core's one interface. Above it: bindings_cpu.cpp. Below it: one table of kernels per
 // instruction set.
 //
-//   bindings_cpu.cpp ── whole-tensor functions below ── dispatch.cpp: threads, scratch, choice
-//                                                            │
-//            Kernels: one serial range each ─────────────────┼─ tier_portable.cpp  16-byte vectors
-//                                                            ├─ tier_avx2.cpp      AVX2 FMA F16C
-//                                                            └─ tier_avx512.cpp    F BW DQ VL VBMI2
-//
-// Kernels are serial and allocate nothing; threads and scratch live in dispatch.cpp alone.
+//   bindings_cpu.cpp
+//        │   whole tensors: threads, scratch, choice of kernel
+//   linear_24.cpp   format_24.cpp   zvc.cpp
+//        │   Tier: the kernels of one instruction set; dispatch.cpp chooses it by CPU feature
+//   OP_portable.cpp   OP_avx2.cpp   OP_avx512.cpp
 #pragma once
 
 #include <cstddef>
@@ -43,29 +41,40 @@ struct Panel {
 constexpr int kPassRows =
     512;  // rows of x per pass over the weight; bounds the scratch to 512 * K fp32
 
-// One instruction set's kernels. Every function works on the range it is given and touches nothing
-// else.
-struct Kernels {
-  const char* isa;
-  // linear_24, few rows of x: xf[M, K] is x as contiguous fp32. Computes columns [n0, n1) of y.
-  void (*linear_24_rows)(const Linear24&, const float* xf, int64_t n0, int64_t n1);
-  // linear_24, many rows: columns [n0, n1) of y for the rows of x in `panels`.
-  void (*linear_24_panels)(const Linear24&, const Panel* panels, int count, int64_t n0, int64_t n1);
-  int max_rows;              // M up to which linear_24_rows is the faster of the two
+// The kernels of one instruction set. Each works serially on the range it is given, touches nothing
+// else and allocates nothing.
+struct Linear24Kernels {
+  // Few rows of x: xf[M, K] is x as contiguous fp32. Computes columns [n0, n1) of y.
+  void (*rows)(const Linear24&, const float* xf, int64_t n0, int64_t n1);
+  // Many rows: columns [n0, n1) of y for the rows of x in `panels`.
+  void (*panels)(const Linear24&, const Panel* panels, int count, int64_t n0, int64_t n1);
+  int max_rows;              // M up to which `rows` is the faster of the two
   int max_lanes, min_lanes;  // widest and narrowest panel; widths in between double
-  // zvc, one tile of at most 4096 elements of `size` bytes.
-  int64_t (*zvc_mask)(const void* x, int64_t n, int size, uint8_t* mask);  // returns the non-zeros
-  void (*zvc_compress)(const void* x, const uint8_t* mask, int64_t n, int size,
-                       void* values);  // room for n, +64 B
-  void (*zvc_expand)(const void* values, const uint8_t* mask, int64_t n, int size,
-                     void* x);  // readable to +64 B
 };
 
-extern const Kernels kernels_portable;
+// One tile of at most 4096 elements of `size` bytes.
+struct ZvcKernels {
+  int64_t (*mask)(const void* x, int64_t n, int size, uint8_t* mask);  // returns the non-zeros
+  void (*compress)(const void* x, const uint8_t* mask, int64_t n, int size,
+                   void* values);  // room for n, +64 B
+  void (*expand)(const void* values, const uint8_t* mask, int64_t n, int size,
+                 void* x);  // readable to +64 B
+};
+
+extern const Linear24Kernels linear_24_portable;
+extern const ZvcKernels zvc_portable;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+extern const Linear24Kernels linear_24_avx2, linear_24_avx512;
+extern const ZvcKernels zvc_avx2, zvc_avx512;
 #endif
+
+struct Tier {
+  const char* isa;
+  bool (*supported)();
+  const Linear24Kernels& linear_24;
+  const ZvcKernels& zvc;
+};
+const Tier& tier();  // the one in use
 
 // ---- whole tensors; called by the bindings with the GIL released ----
 

@@ -1,8 +1,4 @@
-// The AVX-512 tier: F, BW, DQ, VL and VBMI2, that is Ice Lake, Sapphire Rapids, Zen 4 and later.
-//
-// Compress and expand use the register forms and a full-width store: the memory-destination
-// vpcompress is microcoded on Zen 4 (72 cycles against 1.5), and merge masking avoids the false
-// dependency of the zeroing form.
+// linear_24 with AVX-512 F, BW, DQ, VL and VBMI2: Ice Lake, Sapphire Rapids, Zen 4 and later.
 #include "target.h"
 #if defined(__x86_64__)
 
@@ -18,7 +14,6 @@ SPARSEKERN_TARGET_BEGIN(
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,f16c,bmi,bmi2,popcnt")
 
 #include "linear_24.h"
-#include "zvc.h"
 
 namespace sparsekern::cpu {
 namespace {
@@ -127,61 +122,11 @@ struct Avx512 {
   }
 };
 
-template <class Word>
-struct Avx512Zvc {
-  static constexpr int kLanes = 64 / sizeof(Word);
-
-  static uint64_t nonzero(const Word* x) {
-    const __m512i v = _mm512_loadu_si512(x);
-    if constexpr (sizeof(Word) == 1) return _mm512_test_epi8_mask(v, v);
-    if constexpr (sizeof(Word) == 2) return _mm512_test_epi16_mask(v, v);
-    if constexpr (sizeof(Word) == 4) return _mm512_test_epi32_mask(v, v);
-    return _mm512_test_epi64_mask(v, v);
-  }
-
-  static void compress(const Word* x, uint64_t bits, Word* out) {
-    const __m512i v = _mm512_loadu_si512(x);
-    __m512i packed;
-    if constexpr (sizeof(Word) == 1) {
-      packed = _mm512_mask_compress_epi8(v, bits, v);
-    } else if constexpr (sizeof(Word) == 2) {
-      packed = _mm512_mask_compress_epi16(v, static_cast<__mmask32>(bits), v);
-    } else if constexpr (sizeof(Word) == 4) {
-      packed = _mm512_mask_compress_epi32(v, static_cast<__mmask16>(bits), v);
-    } else {
-      packed = _mm512_mask_compress_epi64(v, static_cast<__mmask8>(bits), v);
-    }
-    _mm512_storeu_si512(out, packed);
-  }
-
-  static void expand(const Word* values, uint64_t bits, Word* x) {
-    const __m512i v = _mm512_loadu_si512(values);
-    __m512i spread;
-    if constexpr (sizeof(Word) == 1) {
-      spread = _mm512_maskz_expand_epi8(bits, v);
-    } else if constexpr (sizeof(Word) == 2) {
-      spread = _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), v);
-    } else if constexpr (sizeof(Word) == 4) {
-      spread = _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), v);
-    } else {
-      spread = _mm512_maskz_expand_epi64(static_cast<__mmask8>(bits), v);
-    }
-    _mm512_storeu_si512(x, spread);
-  }
-};
-
 }  // namespace
 
-const Kernels kernels_avx512 = {
-    "avx512",
-    LinearRows<Avx512>::run,
-    LinearPanels<Avx512>::run,
-    11,
-    Avx512::kMaxWidth * Avx512::kLanes,
+const Linear24Kernels linear_24_avx512 = {
+    LinearRows<Avx512>::run, LinearPanels<Avx512>::run, 11, Avx512::kMaxWidth * Avx512::kLanes,
     Avx512::kLanes,
-    Zvc<Avx512Zvc>::mask,
-    Zvc<Avx512Zvc>::compress,
-    Zvc<Avx512Zvc>::expand,
 };
 
 }  // namespace sparsekern::cpu

@@ -1,4 +1,4 @@
-// The tier that every build has. GNU vectors of 16 bytes: SSE2 on any x86-64, NEON on any aarch64,
+// linear_24 for every machine. GNU vectors of 16 bytes: SSE2 on any x86-64, NEON on any aarch64,
 // scalars elsewhere.
 #include <cstring>
 
@@ -6,7 +6,6 @@
 #include "kernels.h"
 #include "linear_24.h"
 #include "scalar_24.h"
-#include "zvc.h"
 
 namespace sparsekern::cpu {
 namespace {
@@ -42,42 +41,14 @@ struct Portable {
   }
 };
 
-template <class Word>
-struct PortableZvc {
-  static constexpr int kLanes = 8;
-
-  static uint64_t nonzero(const Word* x) {
-    unsigned bits = 0;
-    for (int i = 0; i < 8; ++i) bits |= unsigned{x[i] != 0} << i;
-    return bits;
-  }
-  static void compress(const Word* x, uint64_t bits, Word* out) {
-    for (int i = 0; i < 8; ++i) {
-      *out = x[i];
-      out += bits >> i & 1;
-    }
-  }
-  static void expand(const Word* values, uint64_t bits, Word* x) {
-    for (int i = 0; i < 8; ++i) {
-      const Word bit = static_cast<Word>(bits >> i & 1);
-      x[i] = static_cast<Word>(*values * bit);
-      values += bit;
-    }
-  }
-};
-
 }  // namespace
 
-const Kernels kernels_portable = {
-    "portable",
+const Linear24Kernels linear_24_portable = {
     LinearRows<Portable>::run,
     LinearPanels<Portable>::run,
     3,
     Portable::kMaxWidth * Portable::kLanes,
     Portable::kLanes,
-    Zvc<PortableZvc>::mask,
-    Zvc<PortableZvc>::compress,
-    Zvc<PortableZvc>::expand,
 };
 
 }  // namespace sparsekern::cpu
