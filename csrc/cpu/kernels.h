@@ -46,7 +46,7 @@ struct XPanel {
   int rows, width;  // width in vectors
   int depth;        // k to multiply at a time
 };
-constexpr int kMaxPanelWidth = 12;
+constexpr int kMaxPanelWidth = 8;
 
 class Scratch;
 

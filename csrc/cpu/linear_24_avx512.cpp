@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -20,9 +21,9 @@ SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AVX512)
 namespace sparsekern::cpu {
 
 const Linear24Table linear_24_avx512 = {
-    linear_24_kernels<Avx512, DType::f32, FloatRow, FloatTile>(8, 64, 64),
-    linear_24_kernels<Avx512, DType::f16, FloatRow, FloatTile>(8, 64, 64),
-    linear_24_kernels<Avx512, DType::bf16, FloatRow, FloatTile>(8, 64, 64),
+    linear_24_kernels<Avx512, DType::f32, FloatRow, FloatTile>(8, 48, 48),
+    linear_24_kernels<Avx512, DType::f16, FloatRow, FloatTile>(8, 48, 48),
+    linear_24_kernels<Avx512, DType::bf16, FloatRow, FloatTile>(8, 48, 48),
 };
 
 }  // namespace sparsekern::cpu

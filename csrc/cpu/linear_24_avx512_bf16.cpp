@@ -14,6 +14,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -55,10 +56,10 @@ struct DotTile {
   using X = uint16_t;
   static constexpr int kGroups = 1;
   static constexpr int64_t kChunk = 128;
-  __m512i bits, control, pairs;
+  static constexpr int kControls = 1;
+  __m512i control, pairs;
 
-  void load_meta(const uint32_t* word, int) { bits = _mm512_loadu_si512(word); }
-  void load_group(const uint8_t* values, int) {
+  static void decode(const uint32_t* meta, int64_t groups, uint32_t* controls) {
     // Nibble i0 | i1 << 2 to the bytes 2*i0, 2*i0 + 1, 2*i1, 2*i1 + 1.
     const auto entry = [](int i0, int i1) {
       return static_cast<int>(0x01000100u + 0x0202u * i0 + (0x0202u * i1 << 16));
@@ -67,9 +68,17 @@ struct DotTile {
                                            entry(3, 2), entry(2, 2), entry(1, 2), entry(0, 2),
                                            entry(3, 1), entry(2, 1), entry(1, 1), entry(0, 1),
                                            entry(3, 0), entry(2, 0), entry(1, 0), entry(0, 0));
-    control = _mm512_permutexvar_epi32(bits, table);
-    bits = _mm512_srli_epi32(bits, 4);
+    for (int64_t g = 0; g < groups;) {
+      __m512i bits = _mm512_loadu_si512(meta + g / 8 * kBlock);
+      for (const int64_t end = g + 8 < groups ? g + 8 : groups; g < end; ++g) {
+        _mm512_storeu_si512(controls + g * kBlock, _mm512_permutexvar_epi32(bits, table));
+        bits = _mm512_srli_epi32(bits, 4);
+      }
+    }
+  }
+  void load(const uint8_t* values, const uint32_t* controls, int) {
     pairs = _mm512_loadu_si512(values);
+    control = _mm512_loadu_si512(controls);
   }
   __m512 multiply(const X* x, __m512 acc) const {
     long long four;
@@ -95,9 +104,12 @@ struct DotRow {
     at = _mm512_ternarylogic_epi32(fields, _mm512_set1_epi16(3), _mm512_load_si512(kWords.group),
                                    0xEA);  // (a & b) | c
   }
-  __m512 multiply(const X* x, __m512 acc) const {
-    const __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 32);
-    const __m512i picked = _mm512_permutex2var_epi16(low, at, high);
+  struct Near {
+    __m512i low, high;
+  };
+  static Near near(const X* x) { return {_mm512_loadu_si512(x), _mm512_loadu_si512(x + 32)}; }
+  __m512 multiply(const Near& x, __m512 acc) const {
+    const __m512i picked = _mm512_permutex2var_epi16(x.low, at, x.high);
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(weights),
                             reinterpret_cast<__m512bh>(picked));
   }

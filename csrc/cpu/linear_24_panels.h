@@ -31,7 +31,7 @@ template <class T, DType D>
 struct LinearPanels {
   using F = typename T::F;
   static constexpr int kRows = 192;  // of weight that share a chunk of the panels while it is in L1
-  static constexpr int kMaxWidth = kMaxPanelWidth;
+  static constexpr int kLine = 16;   // floats of a cache line
 
   // Rows of weight in a tile: as many accumulators as the registers hold; sixteen are whole tiles.
   static constexpr int tile_rows(int width) {
@@ -103,16 +103,19 @@ struct LinearPanels {
         T::store_words(to, T::add_int(T::and_int(bits, three), base));
         T::store_words(to + kBlock, T::add_int(T::and_int(T::shift_right(bits, 2), three), base));
         if constexpr (D != DType::f32) {
-          FloatTile<T, D> tile;
-          tile.bits = bits;
-          tile.load_group(block.values + g * kGroupBytes<D>, half);
-          T::store(w + 2 * g * kBlock + half * T::kLanes, tile.first);
-          T::store(w + (2 * g + 1) * kBlock + half * T::kLanes, tile.second);
+          F first, second;
+          load_weights<T, D>(block.values + g * kGroupBytes<D>, half, &first, &second);
+          T::store(w + 2 * g * kBlock + half * T::kLanes, first);
+          T::store(w + (2 * g + 1) * kBlock + half * T::kLanes, second);
         }
       }
     }
     if constexpr (D == DType::f32) return reinterpret_cast<const float*>(block.values);
     return w;
+  }
+
+  static const float* chunk_of(const XPanel& panel, int64_t group) {
+    return panel.data + 4 * group * panel.width * T::kLanes;
   }
 
   static void run(const Linear24& a, const XPanel* panels, int count, int64_t n0, int64_t n1,
@@ -145,11 +148,18 @@ struct LinearPanels {
         float* to = acc;
         for (int p = 0; p < count; ++p) {
           const Function multiply_block =
-              choose(panels[p].width, std::make_integer_sequence<int, kMaxWidth>());
+              choose(panels[p].width, std::make_integer_sequence<int, kMaxPanelWidth>());
           const int width = panels[p].width * T::kLanes;
-          const float* panel = panels[p].data + 4 * g * width;
-          for (int b = 0; b < blocks; ++b, to += kBlock * width)
+          const float* panel = chunk_of(panels[p], g);
+          // The chunk that comes next is brought nearer, a part with each block.
+          const float* next =
+              p + 1 < count ? chunk_of(panels[p + 1], g) : chunk_of(panels[0], g + here);
+          const int64_t part = ceil_div(4 * here * width, blocks * kLine) * kLine;
+          for (int b = 0; b < blocks; ++b, to += kBlock * width) {
+            for (int64_t i = b * part; i < (b + 1) * part; i += kLine)
+              __builtin_prefetch(next + i, 0, 2);
             multiply_block(panel, weights[b], at + b * kept, static_cast<int>(2 * here), to);
+          }
         }
       }
       load_bias<D>(a, n, end, bias);

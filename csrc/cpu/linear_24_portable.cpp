@@ -35,6 +35,7 @@ struct Portable {
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+  static void store_int(void* p, I v) { std::memcpy(p, &v, sizeof v); }
   static I set1_int(int v) { return I{v, v, v, v}; }
   static I add_int(I a, I b) { return a + b; }
   static I and_int(I a, I b) { return a & b; }
@@ -73,8 +74,11 @@ struct Portable {
   struct Index {};
   static Index first_index() { return {}; }
   static Index next_index(Index) { return {}; }
-  static I positions(I bits, Index) { return bits & 3; }
-  static F pick(const float* x, I at) { return F{x[at[0]], x[at[1]], x[at[2]], x[at[3]]}; }
+  static I controls(I bits, Index) { return bits; }
+  static I second(I control) { return control >> 2; }
+  static F pick(const float* x, I at) {
+    return F{x[at[0] & 3], x[at[1] & 3], x[at[2] & 3], x[at[3] & 3]};
+  }
 
   static void transpose(const void* rows, int64_t stride, uint32_t* out, int64_t pitch) {
     const auto* in = static_cast<const uint8_t*>(rows);
@@ -96,7 +100,9 @@ struct Portable {
   static I row_positions(const uint8_t* meta) {
     return I{*meta & 3, *meta >> 2 & 3, (*meta >> 4 & 3) + 4, (*meta >> 6) + 4};
   }
-  static F row_pick(const float* x, I at) { return F{x[at[0]], x[at[1]], x[at[2]], x[at[3]]}; }
+  using Near = const float*;
+  static Near row_load(const float* x) { return x; }
+  static F row_pick(Near x, I at) { return F{x[at[0]], x[at[1]], x[at[2]], x[at[3]]}; }
   static float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 };
 

@@ -9,6 +9,8 @@
 // by the permutes.
 #pragma once
 
+#include <algorithm>
+
 #include "activation.h"
 #include "convert.h"
 #include "kernels.h"
@@ -25,11 +27,12 @@ struct FloatRow {
   typename T::F weights;
   typename T::I at;
 
+  static typename T::Near near(const X* x) { return T::row_load(x); }
   void load(const uint8_t* values, const uint8_t* meta, int64_t j) {
     weights = T::template load_as_float<D>(values + j * kItem<D>);
     at = T::row_positions(meta + j / 4);
   }
-  typename T::F multiply(const X* x, typename T::F acc) const {
+  typename T::F multiply(const typename T::Near& x, typename T::F acc) const {
     return T::fma(weights, T::row_pick(x, at), acc);
   }
 };
@@ -40,51 +43,80 @@ struct LinearRows {
   using Mul = Multiply<T, D>;
   using X = typename Mul::X;
 
-  // Columns [n0, n1) of y for R rows of x, contiguous.
+  static constexpr int64_t kAhead = 2048;  // bytes of each row of weight
+  static constexpr int kWeightRows = 4;    // that share what is loaded of x: it comes from L2
+
+  // sums[R][C] of C rows of weight from row n on with R rows of x, contiguous.
+  template <int R, int C>
+  static void multiply(const Linear24& a, const X* x, int64_t n, float (*sums)[kFinish]) {
+    constexpr int kStep = Mul::kKept;
+    const int64_t kept = a.K / 2, row = kept * kItem<D>, meta_row = meta_bytes(a.K);
+    const auto* values = static_cast<const uint8_t*>(a.values) + n * row;
+    const uint8_t* meta = a.meta + n * meta_row;
+    constexpr int kChains = C == 1 ? 4 : 1;  // one row alone would wait for its own sums
+    F acc[kChains][C][R];
+    for (auto& chain : acc) {
+      for (auto& sum : chain) std::fill(sum, sum + R, T::zero());
+    }
+    int64_t j = 0;
+    const auto step = [&](F(&sum)[C][R]) __attribute__((always_inline)) {
+      Mul mul[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        mul[c].load(values + c * row, meta + c * meta_row, j);
+        __builtin_prefetch(values + c * row + j * kItem<D> + kAhead, 0, 2);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const auto near = Mul::near(x + r * a.K + 2 * j);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sum[c][r] = mul[c].multiply(near, sum[c][r]);
+      }
+      j += kStep;
+    };
+    while (j + kChains * kStep <= kept) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) step(acc[i]);
+    }
+    while (j + kStep <= kept) step(acc[0]);
+    for (int i = 1; i < kChains; ++i) {
+      for (int r = 0; r < R; ++r) acc[0][0][r] = T::add(acc[0][0][r], acc[i][0][r]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      float rest[R];
+      dot_rows_scalar<R>(values + c * row, meta + c * meta_row, x, 2 * j, a.K, a.K, D, rest);
+      for (int r = 0; r < R; ++r) sums[r][c] = rest[r] + T::sum(acc[0][c][r]);
+    }
+  }
+
+  // Columns [n0, n1), at most kFinish, of y for R rows of x from row m on.
   template <int R>
   static void rows(const Linear24& a, const X* x, int64_t m, int64_t n0, int64_t n1) {
-    constexpr int kStep = Mul::kKept;
-    const int64_t kept = a.K / 2;
-    float sums[R][kFinish], bias[kFinish];
-    for (int64_t n = n0; n < n1; n += kFinish) {
-      const int columns = static_cast<int>(n1 - n < kFinish ? n1 - n : kFinish);
-      for (int c = 0; c < columns; ++c) {
-        const auto* values = static_cast<const uint8_t*>(a.values) + (n + c) * kept * kItem<D>;
-        const uint8_t* meta = a.meta + (n + c) * meta_bytes(a.K);
-        F even[R], odd[R];
-        for (int r = 0; r < R; ++r) even[r] = odd[r] = T::zero();
-        int64_t j = 0;
-        const auto step = [&](F* acc) __attribute__((always_inline)) {
-          Mul mul;
-          mul.load(values, meta, j);
-          for (int r = 0; r < R; ++r) acc[r] = mul.multiply(x + r * a.K + 2 * j, acc[r]);
-          j += kStep;
-        };
-        while (j + 2 * kStep <= kept) step(even), step(odd);
-        if (j + kStep <= kept) step(even);
-        float rest[R];
-        dot_rows_scalar<R>(values, meta, x, 2 * j, a.K, a.K, D, rest);
-        for (int r = 0; r < R; ++r) sums[r][c] = rest[r] + T::sum(T::add(even[r], odd[r]));
-      }
-      for (int r = 0; r < R; ++r) {
-        for (int c = columns; c < kFinish; ++c) sums[r][c] = 0;
-      }
-      load_bias<D>(a, n, n + columns, bias);
-      for (int c = columns; c < kFinish; ++c) bias[c] = 0;
-      for (int r = 0; r < R; ++r)
-        finish<T, D>(sums[r], bias, columns, a.activation, a.y, (m + r) * a.N + n);
+    alignas(64) float sums[R][kFinish] = {};
+    alignas(64) float bias[kFinish] = {};
+    load_bias<D>(a, n0, n1, bias);
+    int64_t n = n0;
+    for (; n + kWeightRows <= n1; n += kWeightRows) {
+      multiply<R, kWeightRows>(a, x + m * a.K, n,
+                               reinterpret_cast<float (*)[kFinish]>(&sums[0][n - n0]));
+    }
+    for (; n < n1; ++n)
+      multiply<R, 1>(a, x + m * a.K, n, reinterpret_cast<float (*)[kFinish]>(&sums[0][n - n0]));
+    for (int r = 0; r < R; ++r) {
+      finish<T, D>(sums[r], bias, static_cast<int>(n1 - n0), a.activation, a.y, (m + r) * a.N + n0);
     }
   }
 
   static void run(const Linear24& a, const void* x, int64_t n0, int64_t n1) {
-    // A few rows of weight at a time, so that they are still in L1 for the next rows of x.
+    // A few rows of weight at a time, so that they are still in L2 for the next rows of x.
     for (int64_t n = n0; n < n1; n += kFinish) {
       const int64_t end = n1 - n < kFinish ? n1 : n + kFinish;
       const auto* at = static_cast<const X*>(x);
       int64_t m = 0;
-      for (; m + 4 <= a.M; m += 4) rows<4>(a, at + m * a.K, m, n, end);
-      if (a.M - m >= 2) rows<2>(a, at + m * a.K, m, n, end), m += 2;
-      if (a.M - m == 1) rows<1>(a, at + m * a.K, m, n, end);
+      for (; m + 4 <= a.M; m += 4) rows<4>(a, at, m, n, end);
+      if (a.M - m >= 2) rows<2>(a, at, m, n, end), m += 2;
+      if (a.M - m == 1) rows<1>(a, at, m, n, end);
     }
   }
 

@@ -39,6 +39,20 @@ struct Block {
   const uint32_t* meta;   // [ceil(groups / 8)][16]
 };
 
+// A group of a block as fp32: the first and the second kept of T::kLanes rows.
+template <class T, DType D>
+void load_weights(const uint8_t* group, int half, typename T::F* first, typename T::F* second) {
+  constexpr int64_t kHalf = T::kLanes * kItem<D>;
+  if constexpr (D == DType::bf16) {
+    const auto pairs = T::load_int(group + half * 2 * kHalf);
+    *first = T::low_bf16(pairs);
+    *second = T::high_bf16(pairs);
+  } else {
+    *first = T::template load_as_float<D>(group + half * kHalf);
+    *second = T::template load_as_float<D>(group + kBlock * kItem<D> + half * kHalf);
+  }
+}
+
 template <class T, DType D>
 struct Blocks {
   static constexpr int64_t kBeside = D == DType::bf16 ? 4 : kItem<D>;  // bytes of a row that touch
@@ -48,8 +62,10 @@ struct Blocks {
   static void transpose(const uint8_t* in, int64_t stride, int rows, int64_t bytes, uint32_t* out) {
     int64_t at = 0;
     if (rows == kBlock) {
-      for (; at + 64 <= bytes; at += 64, out += 16 * kBlock)
+      for (; at + 64 <= bytes; at += 64, out += 16 * kBlock) {
+        for (int r = 0; r < kBlock; ++r) __builtin_prefetch(in + at + bytes + r * stride, 0, 2);
         T::transpose(in + at, stride, out, kBlock);
+      }
     }
     for (; at < bytes; at += 64, out += 16 * kBlock) {
       const int64_t width = bytes - at < 64 ? bytes - at : 64;

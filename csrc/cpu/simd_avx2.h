@@ -72,7 +72,8 @@ struct Avx2 {
   struct Index {};
   static Index first_index() { return {}; }
   static Index next_index(Index) { return {}; }
-  static I positions(I bits, Index) { return bits; }  // vpermilps reads no more than two bits
+  static I controls(I bits, Index) { return bits; }  // vpermilps reads no more than two bits
+  static I second(I control) { return _mm256_srli_epi32(control, 2); }
   static F pick(const float* x, I positions) {
     return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(x)), positions);
   }
@@ -125,9 +126,13 @@ struct Avx2 {
         _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(bits), shift), _mm256_set1_epi32(3));
     return _mm256_or_si256(field, _mm256_set_epi32(4, 4, 0, 0, 4, 4, 0, 0));
   }
-  static F row_pick(const float* x, I positions) {
-    const F low = _mm256_permutevar8x32_ps(load(x), positions);
-    const F high = _mm256_permutevar8x32_ps(load(x + 8), positions);
+  struct Near {
+    F low, high;
+  };
+  static Near row_load(const float* x) { return {load(x), load(x + 8)}; }
+  static F row_pick(const Near& x, I positions) {
+    const F low = _mm256_permutevar8x32_ps(x.low, positions);
+    const F high = _mm256_permutevar8x32_ps(x.high, positions);
     return _mm256_blend_ps(low, high, 0xF0);
   }
   static float sum(F v) {

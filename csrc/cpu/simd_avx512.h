@@ -76,9 +76,14 @@ struct Avx512 {
   static Index next_index(Index quarter) {
     return _mm512_and_si512(_mm512_add_epi32(quarter, _mm512_set1_epi32(4)), _mm512_set1_epi32(15));
   }
-  static I positions(I bits, Index quarter) {
-    return _mm512_ternarylogic_epi32(bits, _mm512_set1_epi32(3), quarter, 0xEA);  // (a & b) | c
+  // Where the first kept of a group is in the low four bits, where the second in the next four.
+  static I controls(I bits, Index quarter) {
+    const I first = _mm512_ternarylogic_epi32(bits, _mm512_set1_epi32(3), quarter, 0xEA);
+    const I second =
+        _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits, 2), _mm512_set1_epi32(3), quarter, 0xEA);
+    return _mm512_or_si512(first, _mm512_slli_epi32(second, 4));
   }
+  static I second(I control) { return _mm512_srli_epi32(control, 4); }
   static F pick(const float* x, I positions) {
     return _mm512_permutexvar_ps(positions, _mm512_loadu_ps(x));
   }
@@ -127,8 +132,12 @@ struct Avx512 {
     const I field = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(bits)), shift);
     return _mm512_ternarylogic_epi32(field, _mm512_set1_epi32(3), group, 0xEA);
   }
-  static F row_pick(const float* x, I positions) {
-    return _mm512_permutex2var_ps(load(x), positions, load(x + 16));
+  struct Near {
+    F low, high;
+  };
+  static Near row_load(const float* x) { return {load(x), load(x + 16)}; }
+  static F row_pick(const Near& x, I positions) {
+    return _mm512_permutex2var_ps(x.low, positions, x.high);
   }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
 };
