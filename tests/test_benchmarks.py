@@ -134,10 +134,14 @@ def test_targets_of_products(report, op, tier, dtype, M, N, want):
 
 
 def test_targets_of_compression_hold_at_their_size(report):
-    row = report.Row("zvc", "unpack_zvc", "4 B", {"bytes": 4, "zeros": 0.9}, 1, "avx512", "clone")
+    row = report.Row(
+        "zvc", "unpack_zvc", "4 B", {"bytes": 4, "zeros": 0.9}, 1, "avx512", "clone, memory reused"
+    )
     row.more["input_bytes"] = 64 << 20
     assert report.targets(row) == (1.5, 1.9)
-    row.more["input_bytes"] = 64 << 10
+    row.baseline = "clone"
+    assert report.targets(row) == (None, None)
+    row.baseline, row.more["input_bytes"] = "clone, memory reused", 64 << 10
     assert report.targets(row) == (None, None)
 
 

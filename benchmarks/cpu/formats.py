@@ -15,15 +15,16 @@ from sparsekern import reference
 from sparsekern.backends import cpu
 
 from .linear import Weights, weights
-from .timing import Cell, Row, Sides, interleave, setting
+from .timing import Cell, Row, Sides, can_reuse_memory, interleave, reused_memory, setting
 
 ops = torch.ops.sparsekern
 
 SHAPE, QUICK_SHAPE = (4096, 4096), (64, 64)
 FORMATS = ("prune_24", "pack_24", "unpack_24", "gather_24", "prune_24_transposable")
+PACKED_SIDE = ("pack_24", "unpack_24", "gather_24")  # read or write values and meta
 DTYPES = ("fp32", "bf16", "int8")
 CHECKED_ROWS = 64  # of each result are compared with the reference
-CONVERSION = "torch's conversion"
+CLONE, REUSING, CONVERSION = "clone", "clone, memory reused", "torch's conversion"
 
 
 def cells(options, cache_bytes: int) -> Iterator[Cell]:
@@ -52,33 +53,28 @@ def _same(ours, theirs) -> bool:
 
 def _format(op, N, K, dtype, threads, budget, cache_bytes) -> list[Row]:
     w = weights(N, K, dtype, cache_bytes, cpu.isa())
-    dense, values, meta = w.dense[0].nbytes, w.packed[0][0].nbytes, w.packed[0][1].nbytes
+    dense, (values, meta) = w.dense[0].nbytes, (t.nbytes for t in w.packed[0])
     function = getattr(ops, op)
     sides: Sides = {
-        "clone": lambda i: w.dense[i % w.count].clone(),
+        CLONE: lambda i: w.dense[i % w.count].clone(),
         op: lambda i: function(*_arguments(op, w, i)),
     }
-    if op == "pack_24":
-        pruned = [sk.prune_24(d) for d in w.dense]
-        sides[CONVERSION] = lambda i: torch_conversion(pruned[i % w.count])
-
-    def row(baseline: str) -> Row:
-        return Row("formats", op, dtype, {"N": N, "K": K}, threads, cpu.isa(), baseline)
-
-    against_clone = row("clone")
-    against_clone.bytes = {
-        "pack_24": dense + values + meta,
-        "unpack_24": values + meta + dense,
-        "gather_24": dense + meta + values,
-    }.get(op, 2 * dense)
-    against_clone.baseline_bytes = 2 * dense
     with setting(threads, cpu.isa()):
         first = _arguments(op, w, 0, slice(CHECKED_ROWS))
-        against_clone.exact = _same(function(*first), getattr(reference, op)(*first))
-        samples = interleave(sides, budget)
-    rows = [against_clone.timed(samples, op)]
-    if op == "pack_24":
-        rows.append(row(CONVERSION).timed(samples, op))
-        rows[-1].exact = against_clone.exact
-        rows[-1].bytes = against_clone.bytes
+        exact = _same(function(*first), getattr(reference, op)(*first))
+        samples = {CLONE: interleave(sides, budget)}
+        if can_reuse_memory():
+            with reused_memory():
+                samples[REUSING] = interleave(sides, budget)
+        if op == "pack_24":
+            pruned = [sk.prune_24(d) for d in w.dense]
+            sides[CONVERSION] = lambda i: torch_conversion(pruned[i % w.count])
+            samples[CONVERSION] = interleave(sides, budget)
+    rows = []
+    for baseline, found in samples.items():
+        row = Row("formats", op, dtype, {"N": N, "K": K}, threads, cpu.isa(), baseline)
+        row.exact = exact
+        row.bytes = dense + values + meta if op in PACKED_SIDE else 2 * dense
+        row.baseline_bytes = 0 if baseline == CONVERSION else 2 * dense
+        rows.append(row.timed(found, op, CONVERSION if baseline == CONVERSION else CLONE))
     return rows

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import math
@@ -168,6 +169,32 @@ def setting(threads: int, tier: str) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         cpu.set_isa(before[1])
+
+
+# glibc's mallopt parameters, and what it comes to by itself once a process has freed large blocks.
+_TRIM, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_DEFAULTS = {_TRIM: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
+
+
+def can_reuse_memory() -> bool:
+    return hasattr(ctypes.CDLL(None), "mallopt")
+
+
+@contextlib.contextmanager
+def reused_memory() -> Iterator[None]:
+    """Large tensors take memory that was freed before, instead of pages that fault anew in every call.
+
+    By itself glibc hands every block above 32 MB back to the system when it is freed.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM, 2**31 - 1)
+    try:
+        yield
+    finally:
+        for parameter, value in _DEFAULTS.items():
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
 
 
 def some_rows(n: int) -> torch.Tensor:

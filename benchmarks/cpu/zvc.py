@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import statistics
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,14 +14,25 @@ import torch
 
 from sparsekern.backends import cpu
 
-from .timing import Budget, Cell, Row, Sides, copies, interleave, ratio_of, setting
+from .timing import (
+    Budget,
+    Cell,
+    Row,
+    Sides,
+    can_reuse_memory,
+    copies,
+    interleave,
+    ratio_of,
+    reused_memory,
+    setting,
+)
 
 ops = torch.ops.sparsekern
 
 NBYTES, QUICK_NBYTES = 64 << 20, 64 << 10
 ELEMENTS = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 ZEROS = (0.5, 0.9)
-COPY, CLONE = "copy_", "clone"
+COPY, CLONE, REUSING = "copy_", "clone", "clone, memory reused"
 
 
 def _data(dtype: torch.dtype, zeros: float, nbytes: int) -> torch.Tensor:
@@ -65,7 +77,7 @@ def cells(options, cache_bytes: int) -> Iterator[Cell]:
                     _zvc, element, zeros, threads, nbytes, options.budget, cache_bytes
                 )
                 label = f"{element} bytes, {zeros:.0%} zeros, threads: {threads}"
-                yield Cell(f"zvc {label}", options.budget.cost(0.15), run)
+                yield Cell(f"zvc {label}", options.budget.cost(0.2), run)
                 if not options.no_peers:
                     run = functools.partial(_codecs, element, zeros, threads, nbytes, cache_bytes)
                     yield Cell(f"codecs {label}", 8.0 / threads, run)
@@ -96,15 +108,19 @@ def _zvc(element, zeros, threads, nbytes, budget, cache_bytes) -> list[Row]:
             "unpack_zvc": allocating["unpack_zvc"](0),
         }
         samples = {COPY: interleave(packing, budget), CLONE: interleave(allocating, budget)}
+        if can_reuse_memory():
+            with reused_memory():
+                samples[REUSING] = interleave(allocating, budget)
     rows = []
-    for op, exact in again.items():
+    for op, baseline in itertools.product(again, samples):
+        if (op == "pack_zvc_out") != (baseline == COPY):
+            continue
         case = {"bytes": element, "zeros": zeros}
-        baseline = COPY if op == "pack_zvc_out" else CLONE
         row = Row("zvc", op, f"{element} B", case, threads, cpu.isa(), baseline)
-        row.exact = _same_bits(exact, b.x[0])
+        row.exact = _same_bits(again[op], b.x[0])
         row.bytes, row.baseline_bytes = nbytes + b.packed_bytes, 2 * nbytes
         row.more = {"compression": nbytes / b.packed_bytes, "input_bytes": nbytes}
-        rows.append(row.timed(samples[baseline], op))
+        rows.append(row.timed(samples[baseline], op, COPY if baseline == COPY else CLONE))
     return rows
 
 
@@ -177,7 +193,7 @@ def _codecs(element, zeros, threads, nbytes, cache_bytes) -> list[Row]:
         pack[codec.name] = lambda i, compress=compress: compress(data)
         unpack[codec.name] = lambda i, decompress=decompress, packed=packed: decompress(packed)
     with setting(threads, cpu.isa()):
-        budget = Budget(rounds=3, seconds=0, least=3)
+        budget = Budget(rounds=5, seconds=2, least=2)
         packing, unpacking = interleave(pack, budget), interleave(unpack, budget)
     for row in rows:
         if not row.note:
