@@ -162,7 +162,7 @@ def test_the_summary_names_what_is_below(report):
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     out, data = tmp_path / "table.md", tmp_path / "rows.json"
-    command = [*QUICK, "--section", "linear", "zvc", "--no-peers", "--rounds", "1000000"]
+    command = [*QUICK, "--section", "linear", "zvc", "--rounds", "1000000"]
     command += ["--seconds", "2", "--out", str(out), "--json", str(data)]
     process = subprocess.Popen(
         command,

@@ -1,6 +1,6 @@
 """Everything the CPU back end promises, measured against torch on this machine.
 
-    python -m benchmarks.cpu [--section linear backward formats zvc] [--out FILE] [--json FILE] [--plot FILE.png]
+    python -m benchmarks.cpu [--section NAME ...] [--out FILE] [--json FILE] [--plot FILE.png]
 
 Writes one Markdown file with what was measured, on which machine, by which command and how far from the targets, and
 prints the same. Ctrl-C ends the measuring; what was done until then is written. How it times is told in timing.py.
@@ -34,7 +34,15 @@ from . import formats, linear, machine, report, zvc
 from .timing import DTYPES, Budget, Cell
 
 RESULTS = Path(__file__).parents[1] / "results"
-SECTIONS = ("linear", "backward", "formats", "zvc")
+SECTIONS = {
+    "linear": "linear_24 against F.linear where the targets are",
+    "peers": "the other ways torch has to such a product",
+    "sweep": "every M: is anything slower than dense?",
+    "backward": "the gradients",
+    "formats": "pruning, packing and back, against clone",
+    "zvc": "zero-value compression against copying",
+    "codecs": "zero-value compression beside general compressors",
+}
 
 
 def parsed() -> argparse.Namespace:
@@ -42,9 +50,8 @@ def parsed() -> argparse.Namespace:
         prog="python -m benchmarks.cpu", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("--section", nargs="+", choices=[*SECTIONS, "all"], default=["all"])
-    add("--no-sweep", action="store_true", help="leave out every M of the linear section")
-    add("--no-peers", action="store_true", help="leave out torch's other products and the codecs")
+    words = "; ".join(f"{name}: {what}" for name, what in SECTIONS.items())
+    add("--section", nargs="+", choices=[*SECTIONS, "all"], default=["all"], help=words)
     add("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="zvc has its own")
     add("--threads", type=int, nargs="+", default=[1, 2])
     add("--rounds", type=int, default=15, help="per cell, at most")
@@ -64,7 +71,7 @@ def parsed() -> argparse.Namespace:
     for path in (options.out, options.json, options.plot):
         if path and not path.parent.is_dir():
             parser.error(f"{path}: there is no such folder")
-    options.section = SECTIONS if "all" in options.section else options.section
+    options.section = list(SECTIONS) if "all" in options.section else options.section
     options.floats = [d for d in options.dtype if DTYPES[d].is_floating_point]
     options.budget = Budget(options.rounds, options.seconds)
     return options
@@ -74,17 +81,15 @@ def cells(options: argparse.Namespace, cache_bytes: int) -> list[Cell]:
     found: list[Cell] = []
     if "linear" in options.section:
         found += linear.linear_cells(options, cache_bytes)
-        if not options.no_peers:
-            found += linear.peer_cells(options, cache_bytes)
-        if not options.no_sweep:
-            found += linear.sweep_cells(options, cache_bytes)
+    if "peers" in options.section:
+        found += linear.peer_cells(options, cache_bytes)
+    if "sweep" in options.section:
+        found += linear.sweep_cells(options, cache_bytes)
     if "backward" in options.section:
         found += linear.backward_cells(options, cache_bytes)
     if "formats" in options.section:
         found += formats.cells(options, cache_bytes)
-    if "zvc" in options.section:
-        found += zvc.cells(options, cache_bytes)
-    return found
+    return found + list(zvc.cells(options, cache_bytes))  # zvc and codecs share their data
 
 
 def measure(work: list[Cell], results: report.Results) -> None:

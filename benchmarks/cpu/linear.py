@@ -14,6 +14,7 @@ from sparsekern.backends import cpu
 
 from .timing import (
     DTYPES,
+    IDENTITY,
     Budget,
     Cell,
     Row,
@@ -144,7 +145,7 @@ def _linear(section, M, N, K, dtype, threads, tier, budget: Budget, cache_bytes)
         row.flop, row.error = 2 * M * N * K, errors.get(side)
         row.bytes = w.nbytes + (M * K + M * N) * x.itemsize
         row.baseline_bytes = (N * K + M * K + M * N) * x.itemsize
-        row.note = "" if side == op else "prepacking is the identity: times of linear_24"
+        row.note = "" if side == op else IDENTITY
         rows.append(row.timed(samples, side))
     return rows
 

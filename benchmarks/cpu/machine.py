@@ -73,9 +73,9 @@ def facts(threads: list[int]) -> dict[str, str | int | list]:
         "cpu": cpu_name(),
         "cores": cores(),
         "cache_bytes": cache or UNKNOWN_CACHE_BYTES,
-        "cache": f"last-level cache {cache >> 20} MiB"
+        "cache": f"Last-level cache {cache >> 20} MiB"
         if cache
-        else f"last-level cache not readable, {UNKNOWN_CACHE_BYTES >> 20} MiB assumed",
+        else f"Last-level cache not readable, {UNKNOWN_CACHE_BYTES >> 20} MiB assumed",
         "clock": clock(),
         "huge_pages": chosen_pages[1] if chosen_pages else "not readable",
         "load": f"{os.getloadavg()[0]:.2f}",

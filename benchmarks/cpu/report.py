@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from .timing import Row, Spread
+from .timing import IDENTITY, Row, Spread
 
 # (must, stretch) of the ratio, the same on one and two threads. Products by (op, dtype, M, N, K); linear_24_prepacked
 # has to reach what linear_24 has to where it has no line of its own.
@@ -55,9 +55,15 @@ def targets(row: Row) -> tuple[float | None, float | None]:
     if row.section == "backward" and (case["N"], case["K"]) == _SQUARE:
         return 1.0, None
     if row.section == "zvc" and row.more["input_bytes"] == ZVC_TARGET_BYTES:
-        if row.baseline != "clone":  # most of whose time is page faults, whatever the kernel does
-            return ZVC_TARGETS.get((row.op, case["zeros"]), none)
+        # Against a clone on fresh memory most of the time is page faults, whatever the kernel does.
+        return none if row.baseline == "clone" else ZVC_TARGETS.get((row.op, case["zeros"]), none)
     return none
+
+
+def says_nothing_new(row: Row) -> bool:
+    """The line of a prepacking that is the identity, unless it has more to reach than linear_24."""
+    plain = dataclasses.replace(row, op="linear_24")
+    return row.note == IDENTITY and targets(row) == targets(plain)
 
 
 def verdict(ratio: float, must: float | None, stretch: float | None) -> str:
@@ -165,7 +171,7 @@ def _products(results: Results, section: str, title: str, words: str) -> Table:
     columns = "op | dtype | M | N x K | threads | tier | dense, ms | ours, ms | dense / ours [p10, p90] | rounds | "
     columns += "error / torch's | GFLOP/s (of ceiling) | GB/s (of read) | byte bound | must | stretch | verdict | note"
     table = Table(title, words, columns.split(" | "))
-    for row in (r for r in results.rows if r.section == section):
+    for row in (r for r in results.rows if r.section == section and not says_nothing_new(r)):
         rate = row.flop / row.ours_ms.median / 1e6
         share = rate / ceiling[row.dtype, row.threads][0]
         speed, bound = "–", "–"
@@ -203,6 +209,11 @@ def _linear(results: Results) -> Table:
         "measured read bandwidth, which is also the share of the byte bound on our time; `byte bound` is dense "
         "bytes over ours, the ratio of two sides that do nothing but move bytes."
     )
+    if any(row.note == IDENTITY for row in results.rows):
+        words += (
+            " Where prepacking is the identity, linear_24_prepacked is linear_24 and has a line only where its "
+            "target is higher."
+        )
     return _products(results, "linear", "linear_24 against the dense product", words)
 
 
@@ -413,7 +424,7 @@ def head(results: Results) -> str:
         f"`{m['command']}`: {results.seconds / 60:.1f} minutes, sparsekern {m['sparsekern']} at {m['revision']}, tier "
         f"{m['tier']} (here: {', '.join(m['tiers'])}), torch {m['torch']} using {m['torch_capability']}, "
         f"Python {m['python']}.",
-        f"{m['cache'].capitalize()}; {m['clock']}; transparent huge pages: {m['huge_pages']}; "
+        f"{m['cache']}; {m['clock']}; transparent huge pages: {m['huge_pages']}; "
         f"load before the run {m['load']}. Threads: {', '.join(map(str, m['threads']))}.",
         f"Random normal values. Up to {s['rounds']} rounds per cell, fewer where they take over {s['seconds']:g} s; "
         "the sides take turns in shuffled order, on weights or buffers that are together larger than the cache; "
@@ -432,6 +443,7 @@ def head(results: Results) -> str:
 
 
 def summary(rows: list[Row]) -> str:
+    rows = [row for row in rows if not says_nothing_new(row)]
     counts = Counter(row.verdict for row in rows if row.verdict)
     if not counts:
         return "No cell of this run has a target."

@@ -77,10 +77,11 @@ def cells(options, cache_bytes: int) -> Iterator[Cell]:
                     _zvc, element, zeros, threads, nbytes, options.budget, cache_bytes
                 )
                 label = f"{element} bytes, {zeros:.0%} zeros, threads: {threads}"
-                yield Cell(f"zvc {label}", options.budget.cost(0.2), run)
-                if not options.no_peers:
-                    run = functools.partial(_codecs, element, zeros, threads, nbytes, cache_bytes)
-                    yield Cell(f"codecs {label}", 8.0 / threads, run)
+                if "zvc" in options.section:
+                    yield Cell(f"zvc {label}", options.budget.cost(0.2), run)
+                run = functools.partial(_codecs, element, zeros, threads, nbytes, cache_bytes)
+                if "codecs" in options.section:
+                    yield Cell(f"codecs {label}", 9.0 / threads, run)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
