@@ -160,7 +160,7 @@ def main() -> int:
     path.write_text(report.markdown(results))
     if options.json:
         options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
-    report.show(results, Console())
+    report.show(results)
     if options.plot:
         from .plot import plot  # matplotlib is there for this alone
 

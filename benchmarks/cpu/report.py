@@ -450,7 +450,7 @@ def summary(rows: list[Row]) -> str:
     order = [v for v in (">= stretch", ">= must", "below") if counts[v]]
     text = f"Targets: {', '.join(f'{counts[v]} {v}' for v in order)}{':' if counts['below'] else '.'}\n"
     below = [
-        f"`{r.op}` {r.dtype} {_shape(r) or format(r.case['zeros'], '.0%') + ' zeros'} on {r.threads} "
+        f"`{r.op}` {r.dtype} {_shape(r) or format(r.case['zeros'], '.0%') + ' zeros'} with {r.threads} "
         f"threads ({r.tier}): {r.ratio.median:.2f} of {r.must:.2f}"
         for r in rows
         if r.verdict == "below"
@@ -462,10 +462,12 @@ def markdown(results: Results) -> str:
     return "\n".join([head(results), *(table.markdown() for table in tables(results))])
 
 
-def show(results: Results, console: Console) -> None:
+def show(results: Results) -> None:
     """The same on the terminal; wider than it, rather than folded, where a table needs that."""
-    console.print(head(results).replace("**", ""), markup=False, highlight=False)
+    narrow, unbounded = Console(), Console(width=1000)
+    narrow.print(head(results).replace("**", ""), markup=False, highlight=False)
     for table in tables(results):
         drawn = table.rich()
-        width = console.measure(drawn, options=console.options.update(width=1000)).maximum
-        console.print(drawn, width=width, crop=False, no_wrap=True, soft_wrap=True)
+        width = unbounded.measure(drawn).maximum
+        narrow.print(table.words, markup=False, highlight=False)
+        Console(width=max(narrow.width, width)).print(drawn)
