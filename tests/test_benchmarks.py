@@ -87,6 +87,7 @@ def test_the_machine_and_its_ceilings_are_stated(run):
     assert {c["dtype"] for c in found["ceilings"]} == {"fp32", "bf16", "fp16"}
     assert set(found["bandwidth"]) == {"1", "2"}
     assert "governor" in head
+    assert "cores taken by others" in head
 
 
 def test_markdown_tables_are_well_formed(run):

@@ -108,7 +108,7 @@ def measure(work: list[Cell], results: report.Results) -> None:
         disable=not console.is_terminal,
     )
     task = progress.add_task("", total=sum(cell.cost for cell in work))
-    start, done = time.monotonic(), 0
+    start, done, others = time.monotonic(), 0, machine.Others()
     try:
         with progress, torch.inference_mode():
             for cell in work:
@@ -128,7 +128,7 @@ def measure(work: list[Cell], results: report.Results) -> None:
                     )
     except KeyboardInterrupt:
         results.interrupted = f"{done} of {len(work)} cells"
-    results.seconds = time.monotonic() - start
+    results.seconds, results.others = time.monotonic() - start, others.cores()
 
 
 def default_path(facts: dict) -> Path:

@@ -91,6 +91,30 @@ def facts(threads: list[int]) -> dict[str, str | int | list]:
     }
 
 
+class Others:
+    """How many cores everything but this process takes, from now on. A ratio on two threads needs two free cores."""
+
+    def __init__(self) -> None:
+        self.start = self._seconds()
+
+    def cores(self) -> float | None:
+        if self.start is None or (now := self._seconds()) is None:
+            return None
+        busy, own, clock = (n - s for n, s in zip(now, self.start, strict=True))
+        return max(0.0, busy - own) / max(clock, 1e-9)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        """Busy seconds of all cores, of this process and its children, and of the clock."""
+        ticks = re.match(r"cpu +(.*)", _read(Path("/proc/stat")) or "")
+        if not ticks:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, ticks[1].split()[:8])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        times = os.times()
+        return busy, sum(times[:4]), times.elapsed
+
+
 def read_bandwidth(threads: int, nbytes: int) -> tuple[float, str]:
     """GB/s of the faster of two of torch's reductions over float32 past the cache, and which one it was."""
     a, b = torch.randn(2, nbytes // 8)

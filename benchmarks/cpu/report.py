@@ -128,6 +128,7 @@ class Results:
     failed: list[str] = field(default_factory=list)
     interrupted: str = ""
     seconds: float = 0.0
+    others: float | None = None  # cores that other processes took meanwhile
 
     def as_json(self) -> dict:
         found = dataclasses.asdict(self)
@@ -425,7 +426,8 @@ def head(results: Results) -> str:
         f"{m['tier']} (here: {', '.join(m['tiers'])}), torch {m['torch']} using {m['torch_capability']}, "
         f"Python {m['python']}.",
         f"{m['cache']}; {m['clock']}; transparent huge pages: {m['huge_pages']}; "
-        f"load before the run {m['load']}. Threads: {', '.join(map(str, m['threads']))}.",
+        f"load before the run {m['load']}; cores taken by others during it: "
+        f"{_number(results.others)}. Threads: {', '.join(map(str, m['threads']))}.",
         f"Random normal values. Up to {s['rounds']} rounds per cell, fewer where they take over {s['seconds']:g} s; "
         "the sides take turns in shuffled order, on weights or buffers that are together larger than the cache; "
         "each sample lasts a millisecond or more. Ratios are per round, median [p10, p90]; above 1 ours is faster, "
