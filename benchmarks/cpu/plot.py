@@ -57,7 +57,9 @@ def plot(results: Results, path: Path) -> None:
         axes.set_xlabel("M")
     grid[0][0].set_ylabel("dense time / ours")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
+    figure.legend(
+        handles, labels, fontsize=8, loc="outside lower center", ncols=min(4, 2 * len(dtypes))
+    )
     figure.suptitle(
         f"{results.machine['cpu']}, tier {results.machine['tier']}; triangles: must, stars: stretch",
         fontsize=10,
