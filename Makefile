@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 TESTS ?= tests sparsekern
 JOBS ?= 2
+BENCH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format sanitize bench readme clean
@@ -61,9 +62,15 @@ sanitize: $(VENV)/installed
 	  $(BIN)/pytest -n $(JOBS) --sanitized tests/test_formats_24.py tests/test_linear_24.py tests/test_zvc.py \
 	  tests/test_fuzz.py tests/test_threads.py tests/test_reference.py || { cat $(SANITIZE)/report.* ; exit 1; }
 
-bench: $(VENV)/installed
+# The compressors to compare with; one that cannot be installed is named as missing in the results.
+$(VENV)/bench: $(VENV)/installed
+	-for peer in lz4 zstandard blosc2; do $(PIP) $$peer; done
+	touch $@
+
+# About 25 minutes; BENCH="--section zvc --rounds 5" measures a part.
+bench: $(VENV)/bench
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/linear_24.py
+	$(BIN)/python -m benchmarks.cpu $(BENCH)
 
 # The table of the README comes from the back ends' own declarations.
 readme: $(VENV)/installed

@@ -44,7 +44,10 @@ def mnist(config) -> Path:
 def pytest_collection_modifyitems(config, items):
     skip_cuda = pytest.mark.skip(reason="no CUDA device")
     skip_data = pytest.mark.skip(reason="no mnist.npz in the folder that --data names")
+    skip_compiled = pytest.mark.skip(reason="no compiled core")
     for item in items:
+        if "compiled" in item.keywords and not COMPILED:
+            item.add_marker(skip_compiled)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_cuda)
         if "data" in item.keywords and not mnist(config).exists():
