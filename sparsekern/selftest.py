@@ -81,11 +81,34 @@ def check_zvc(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor) -> str |
     return None if _same_bits(back, x) else "wrong values or offsets"
 
 
-def check(function, op: str, args: tuple, exact: bool = True) -> str | None:
-    """Run `function`, which claims to be `op`, on `args`; what is wrong with its answer, or None."""
+# Ops that share a layout of the back end's own: they serve together or not at all.
+_PREPACKED = ("prepack_24", "unprepack_24", "linear_24_prepacked")
+
+
+def _in_layout_of(backend: ModuleType, op: str, args: tuple) -> tuple:
+    """`args` with a weight that the reference has prepacked in the layout of `backend`."""
+    if op == "unprepack_24":
+        packed, N, K, dtype = args
+        return backend.prepack_24(*reference.unprepack_24(packed, N, K, dtype)), N, K, dtype
+    x, packed, N, *rest = args
+    weight = reference.unprepack_24(packed, N, x.shape[-1], x.dtype)
+    return x, backend.prepack_24(*weight), N, *rest
+
+
+def check(backend: ModuleType, op: str, args: tuple, exact: bool = True) -> str | None:
+    """Run `op` of `backend` on `args`; what is wrong with its answer, or None."""
+    function = getattr(backend, op)
+    if op == "prepack_24":  # opaque bytes: as many as before, and they come back
+        values, meta = args
+        packed = function(values, meta)
+        if packed.numel() != values.nbytes + meta.nbytes:
+            return f"{packed.numel()} bytes, expected {values.nbytes + meta.nbytes}"
+        back = backend.unprepack_24(packed, values.shape[0], 2 * values.shape[1], values.dtype)
+        same = all(_same_bits(b, a) for b, a in zip(back, args, strict=True))
+        return None if same else "unprepack_24 does not give back what was prepacked"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ComplexHalf support is experimental")
-        got = function(*args)
+        got = function(*(_in_layout_of(backend, op, args) if op in _PREPACKED else args))
     if op == "pack_zvc":
         return check_zvc(args[0], *got)
     if op == "pack_zvc_out":
@@ -106,11 +129,11 @@ def known_answers(
     backend: ModuleType, op: str, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """The short form: None if `op` of `backend` is right for `dtype` on `device`, else what is wrong."""
-    function = getattr(backend, op)
     try:
-        for args in Samples(dtype, device).of(op, quick=True):
-            if reason := check(function, op, args):
-                return reason
+        for member in _PREPACKED if op in _PREPACKED else (op,):
+            for args in Samples(dtype, device).of(member, quick=True):
+                if reason := check(backend, member, args):
+                    return reason
     except Exception as error:  # a kernel that cannot even launch must not take the process along
         return f"{type(error).__name__}: {error}"
     return None
@@ -180,7 +203,7 @@ def run(seed: int = 0) -> Iterator[Result]:
                         for args in Samples(dtype, torch.device(device), exact, seed).of(op):
                             cases += 1
                             try:
-                                wrong = check(getattr(backend, op), op, args, exact)
+                                wrong = check(backend, op, args, exact)
                             except (
                                 Exception
                             ) as error:  # reported as a failure of this op, the others still run
