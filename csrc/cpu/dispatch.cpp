@@ -48,10 +48,11 @@ bool cpu_has_avx512() {
 // Best first. A new tier is its kernels, their declarations in kernels.h and its line here.
 constexpr Tier kTiers[] = {
 #if defined(__x86_64__)
-    {"avx512", cpu_has_avx512, linear_24_avx512, zvc_avx512, format_24_avx512},
-    {"avx2", cpu_has_avx2, linear_24_avx2, zvc_avx2, format_24_avx2},
+    {"avx512", cpu_has_avx512, linear_24_avx512, zvc_avx512, format_24_avx512, tiles_24_avx512},
+    {"avx2", cpu_has_avx2, linear_24_avx2, zvc_avx2, format_24_avx2, tiles_24_avx2},
 #endif
-    {"portable", [] { return true; }, linear_24_portable, zvc_portable, format_24_portable},
+    {"portable", [] { return true; }, linear_24_portable, zvc_portable, format_24_portable,
+     tiles_24_portable},
 };
 
 const Tier* best() {

@@ -127,7 +127,7 @@ void gather_24(const void* dense, const uint8_t* meta, void* values, int64_t row
 
 void prune_24_transposable(const void* weight, void* out, int64_t rows, int64_t K, DType dtype,
                            int threads) {
-  const auto tiles = tier().format_24.tiles;
+  const auto tiles = tier().tiles_24;
   const int64_t size = size_of(dtype);
   for_parts(rows / 4, K, 4, threads, [&](Part p) {
     int64_t e = p.row * 4 * K + p.k;

@@ -16,7 +16,6 @@
 #include <immintrin.h>
 
 #include <cstring>
-#include <utility>
 
 #include "format_24.h"
 #include "kernels.h"
@@ -41,8 +40,6 @@ constexpr PairIndex kPairIndex = make_pair_index();
 }  // namespace sparsekern::cpu
 
 SPARSEKERN_TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
-
-#include "tiles_24.h"
 
 namespace sparsekern::cpu {
 namespace {
@@ -368,140 +365,9 @@ void gather(const void* dense, const uint8_t* meta, void* values, int64_t blocks
   });
 }
 
-// ---- tiles ----
-
-template <class Score>
-struct Avx2Scores;
-
-template <>
-struct Avx2Scores<float> {
-  using F = __m256;
-  using Keep = __m256i;
-  static constexpr int kLanes = 8;
-
-  // Magnitudes of 8 elements.
-  template <class T>
-  static __m256 magnitudes(const typename T::Word* p) {
-    __m256i bits;
-    if constexpr (std::is_same_v<T, F32>) {
-      bits = load(p);
-    } else if constexpr (sizeof(typename T::Word) == 2) {
-      const __m128i half = load_half(p);
-      bits = std::is_same_v<T, BF16> ? _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)
-                                     : _mm256_castps_si256(_mm256_cvtph_ps(half));
-    } else {
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-      const __m256i wide = std::is_same_v<T, I8> ? _mm256_abs_epi32(_mm256_cvtepi8_epi32(bytes))
-                                                 : _mm256_cvtepu8_epi32(bytes);
-      return _mm256_cvtepi32_ps(wide);
-    }
-    bits = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
-    return _mm256_castsi256_ps(_mm256_min_epu32(bits, _mm256_set1_epi32(0x7f800000)));
-  }
-
-  // Four by four within 128 bits: tile 2 * q + l goes to lane q of half l.
-  template <class T>
-  static void columns(const typename T::Word* row, F (&m)[4]) {
-    const __m256 a = magnitudes<T>(row), b = magnitudes<T>(row + 8), c = magnitudes<T>(row + 16),
-                 d = magnitudes<T>(row + 24);
-    const __m256d ab0 = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)),
-                  ab2 = _mm256_castps_pd(_mm256_unpackhi_ps(a, b)),
-                  cd0 = _mm256_castps_pd(_mm256_unpacklo_ps(c, d)),
-                  cd2 = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
-    m[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab0, cd0));
-    m[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab0, cd0));
-    m[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab2, cd2));
-    m[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab2, cd2));
-  }
-
-  static F add(F a, F b) { return _mm256_add_ps(a, b); }
-  static F larger(F a, F b) { return _mm256_max_ps(a, b); }
-  static Keep keep(int bits) { return _mm256_set1_epi32(bits); }
-  static Keep better(F score, F best, Keep keep, int bits) {
-    return _mm256_blendv_epi8(keep, _mm256_set1_epi32(bits),
-                              _mm256_castps_si256(_mm256_cmp_ps(score, best, _CMP_GT_OQ)));
-  }
-
-  // Ones in the lanes of 8 elements that `keep` keeps.
-  template <int row, int q>
-  static __m256i lanes(Keep keep) {
-    const __m256i bits =
-        Lanes<uint32_t>::each_group(1 << 4 * row, 2 << 4 * row, 4 << 4 * row, 8 << 4 * row);
-    const __m256i own = _mm256_and_si256(_mm256_shuffle_epi32(keep, q * 0x55), bits);
-    return _mm256_cmpeq_epi32(own, bits);
-  }
-
-  template <class T, int row>
-  static void store(const typename T::Word* in, Keep keep, typename T::Word* out) {
-    const __m256i a = lanes<row, 0>(keep), b = lanes<row, 1>(keep), c = lanes<row, 2>(keep),
-                  d = lanes<row, 3>(keep);
-    const auto put = [&](int i, __m256i kept) {
-      cpu::store(out + i, _mm256_and_si256(kept, canonical<T>(load(in + i))));
-    };
-    if constexpr (sizeof(typename T::Word) == 4) {
-      put(0, a), put(8, b), put(16, c), put(24, d);
-    } else {
-      const __m256i ab = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8),
-                    cd = _mm256_permute4x64_epi64(_mm256_packs_epi32(c, d), 0xd8);
-      if constexpr (sizeof(typename T::Word) == 2) {
-        put(0, ab), put(16, cd);
-      } else {
-        put(0, _mm256_permute4x64_epi64(_mm256_packs_epi16(ab, cd), 0xd8));
-      }
-    }
-  }
-};
-
-template <>
-struct Avx2Scores<double> {
-  using F = __m256d;
-  using Keep = __m256i;
-  static constexpr int kLanes = 4;
-
-  static __m256d magnitudes(const uint64_t* p) {
-    const __m256i bits = _mm256_and_si256(load(p), _mm256_set1_epi64x(0x7fffffffffffffff));
-    const __m256i infinity = _mm256_set1_epi64x(0x7ff0000000000000);
-    return _mm256_castsi256_pd(
-        _mm256_blendv_epi8(bits, infinity, _mm256_cmpgt_epi64(bits, infinity)));
-  }
-
-  // Tile q goes to lane q.
-  template <class T>
-  static void columns(const uint64_t* row, F (&m)[4]) {
-    const __m256d a = magnitudes(row), b = magnitudes(row + 4), c = magnitudes(row + 8),
-                  d = magnitudes(row + 12);
-    const __m256d ab0 = _mm256_unpacklo_pd(a, b), ab1 = _mm256_unpackhi_pd(a, b),
-                  cd0 = _mm256_unpacklo_pd(c, d), cd1 = _mm256_unpackhi_pd(c, d);
-    m[0] = _mm256_permute2f128_pd(ab0, cd0, 0x20);
-    m[1] = _mm256_permute2f128_pd(ab1, cd1, 0x20);
-    m[2] = _mm256_permute2f128_pd(ab0, cd0, 0x31);
-    m[3] = _mm256_permute2f128_pd(ab1, cd1, 0x31);
-  }
-
-  static F add(F a, F b) { return _mm256_add_pd(a, b); }
-  static F larger(F a, F b) { return _mm256_max_pd(a, b); }
-  static Keep keep(int bits) { return _mm256_set1_epi64x(bits); }
-  static Keep better(F score, F best, Keep keep, int bits) {
-    return _mm256_blendv_epi8(keep, _mm256_set1_epi64x(bits),
-                              _mm256_castpd_si256(_mm256_cmp_pd(score, best, _CMP_GT_OQ)));
-  }
-
-  template <class T, int row>
-  static void store(const uint64_t* in, Keep keep, uint64_t* out) {
-    const __m256i bits =
-        Lanes<uint64_t>::each_group(1 << 4 * row, 2 << 4 * row, 4 << 4 * row, 8 << 4 * row);
-    const auto put = [&](int i, __m256i tile) {
-      const __m256i kept = _mm256_cmpeq_epi64(_mm256_and_si256(tile, bits), bits);
-      cpu::store(out + i, _mm256_and_si256(kept, canonical<F64>(load(in + i))));
-    };
-    put(0, _mm256_permute4x64_epi64(keep, 0x00)), put(4, _mm256_permute4x64_epi64(keep, 0x55));
-    put(8, _mm256_permute4x64_epi64(keep, 0xaa)), put(12, _mm256_permute4x64_epi64(keep, 0xff));
-  }
-};
-
 }  // namespace
 
-const Format24Kernels format_24_avx2 = {prune, pack, unpack, gather, Tiles24<Avx2Scores>::tiles};
+const Format24Kernels format_24_avx2 = {prune, pack, unpack, gather};
 
 }  // namespace sparsekern::cpu
 

@@ -5,25 +5,12 @@
 //   kept    = the two elements with at least two wins (a NaN's bits exceed infinity's, so it wins)
 //   nibble  = kNibble[wins as 4 bits]
 //
-// Branch-free scalar code; the search over tiles works on short arrays, which compilers turn into
-// vectors. Limited by operations: about 30 a group.
-#include <algorithm>
-#include <cstring>
-#include <limits>
-
-#include "convert.h"
+// Branch-free scalar code. Limited by operations: about 30 a group.
 #include "format_24.h"
 #include "kernels.h"
-#include "tiles_24.h"
 
 namespace sparsekern::cpu {
 namespace {
-
-template <class T>
-typename T::Word magnitude(typename T::Word w) {
-  if constexpr (std::is_same_v<T, I8>) return w & 0x80 ? static_cast<uint8_t>(-w) : w;
-  return w & T::kMagnitude;
-}
 
 // The keep mask of one group: exactly two bits.
 template <class T>
@@ -34,12 +21,6 @@ unsigned keep_mask(const typename T::Word* g) {
   const unsigned keep_a = ab + ac + ad >= 2, keep_b = !ab + bc + bd >= 2;
   const unsigned keep_c = !ac + !bc + cd >= 2, keep_d = !ad + !bd + !cd >= 2;
   return keep_a | keep_b << 1 | keep_c << 2 | keep_d << 3;
-}
-
-// A kept zero is stored as +0.0, so that the bytes do not depend on which zero was named.
-template <class T>
-typename T::Word canonical(typename T::Word w) {
-  return magnitude<T>(w) ? w : typename T::Word{0};
 }
 
 template <class T>
@@ -113,78 +94,8 @@ void gather(const void* dense, const uint8_t* meta, void* values, int64_t blocks
   });
 }
 
-// ---- tiles ----
-
-template <class Score>
-struct PortableScores {
-  static constexpr int kLanes = 8;
-  using Bits = std::conditional_t<sizeof(Score) == 8, uint64_t, uint32_t>;
-  struct F {
-    Score lane[kLanes];
-  };
-  struct Keep {
-    Bits lane[kLanes];
-  };
-
-  template <class T>
-  static Score score_of(typename T::Word w) {
-    if constexpr (kIsFloat<T>) {
-      Score v;
-      if constexpr (std::is_same_v<T, F16>) {
-        v = f16_to_float(w & T::kMagnitude);
-      } else {
-        const Bits bits = Bits{static_cast<typename T::Word>(w & T::kMagnitude)}
-                          << 8 * (sizeof(Bits) - sizeof w);
-        std::memcpy(&v, &bits, sizeof v);
-      }
-      return v <= std::numeric_limits<Score>::max() ? v : std::numeric_limits<Score>::infinity();
-    } else {
-      return magnitude<T>(w);
-    }
-  }
-
-  template <class T>
-  static void columns(const typename T::Word* row, F (&m)[4]) {
-    for (int t = 0; t < kLanes; ++t) {
-      for (int c = 0; c < 4; ++c) m[c].lane[t] = score_of<T>(row[4 * t + c]);
-    }
-  }
-
-  static F add(const F& a, const F& b) {
-    F sum;
-    for (int t = 0; t < kLanes; ++t) sum.lane[t] = a.lane[t] + b.lane[t];
-    return sum;
-  }
-  static F larger(const F& a, const F& b) {
-    F most;
-    for (int t = 0; t < kLanes; ++t) most.lane[t] = a.lane[t] < b.lane[t] ? b.lane[t] : a.lane[t];
-    return most;
-  }
-  static Keep keep(Bits bits) {
-    Keep all;
-    for (Bits& lane : all.lane) lane = bits;
-    return all;
-  }
-  static Keep better(const F& score, const F& best, Keep keep, Bits bits) {
-    for (int t = 0; t < kLanes; ++t)
-      keep.lane[t] = score.lane[t] > best.lane[t] ? bits : keep.lane[t];
-    return keep;
-  }
-
-  template <class T, int row>
-  static void store(const typename T::Word* in, const Keep& keep, typename T::Word* out) {
-    for (int t = 0; t < kLanes; ++t) {
-      for (int c = 0; c < 4; ++c) {
-        const bool kept = keep.lane[t] >> (4 * row + c) & 1;
-        out[4 * t + c] = kept ? canonical<T>(in[4 * t + c]) : typename T::Word{0};
-      }
-    }
-  }
-};
-
 }  // namespace
 
-const Format24Kernels format_24_portable = {prune, pack, unpack, gather,
-                                            Tiles24<PortableScores>::tiles};
+const Format24Kernels format_24_portable = {prune, pack, unpack, gather};
 
 }  // namespace sparsekern::cpu

@@ -68,15 +68,18 @@ struct Format24Kernels {
   void (*pack)(const void* weight, void* values, uint8_t* meta, int64_t blocks, DType dtype);
   void (*unpack)(const void* values, const uint8_t* meta, void* dense, int64_t blocks, int size);
   void (*gather)(const void* dense, const uint8_t* meta, void* values, int64_t blocks, int size);
-  // Four rows that lie `stride` elements apart, in weight and in out.
-  void (*tiles)(const void* weight, void* out, int64_t stride, int64_t blocks, DType dtype);
 };
+// prune_24_transposable of four rows that lie `stride` elements apart, in weight and in out.
+using Tiles24Kernel = void (*)(const void* weight, void* out, int64_t stride, int64_t blocks,
+                               DType dtype);
 
 extern const Format24Kernels format_24_portable;
+extern const Tiles24Kernel tiles_24_portable;
 extern const Linear24Kernels linear_24_portable;
 extern const ZvcKernels zvc_portable;
 #if defined(__x86_64__)
 extern const Format24Kernels format_24_avx2, format_24_avx512;
+extern const Tiles24Kernel tiles_24_avx2, tiles_24_avx512;
 extern const Linear24Kernels linear_24_avx2, linear_24_avx512;
 extern const ZvcKernels zvc_avx2, zvc_avx512;
 #endif
@@ -87,6 +90,7 @@ struct Tier {
   const Linear24Kernels& linear_24;
   const ZvcKernels& zvc;
   const Format24Kernels& format_24;
+  const Tiles24Kernel& tiles_24;
 };
 const Tier& tier();  // the one in use
 

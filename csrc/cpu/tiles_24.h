@@ -16,17 +16,20 @@
 // A tier S<Score> supplies, for kLanes tiles at a time:
 //   F, Keep                     a vector of scores; lanes as wide that hold keep bits
 //   columns<T>(row, m)          4 * kLanes elements of a row as magnitudes, the lanes in any order
-//   add, larger                 on F
-//   better(score, best, keep, bits)   keep, or `bits` in the lanes where score > best
+//   add                         on F
+//   keep(bits)                  the same keep bits in every lane
+//   take(score, keep, best, best_keep)   puts score and keep in the lanes where score > best
 //   store<T, row>(in, keep, out)      4 * kLanes elements of row `row`, those not kept as zero
 // Limited by: operations. Per tile of kLanes * 16 elements: 24 + 72 + 90 sums, 90 comparisons, 90
 // maxima, 90 selections.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
 #include "format_24.h"
+#include "kernels.h"
 
 namespace sparsekern::cpu {
 
@@ -36,36 +39,47 @@ struct Tiles24 {
   struct Search {
     using V = S<Score>;
     using F = typename V::F;
-    F upper[36], lower[36];
+    F pairs[4][6];
 
-    static void pairs(const F (&m)[4], F (&p)[6]) {
+    template <class T>
+    void add_row(const typename T::Word* row, F (&p)[6]) {
+      F m[4];
+      V::template columns<T>(row, m);
       p[0] = V::add(m[0], m[1]), p[1] = V::add(m[0], m[2]), p[2] = V::add(m[0], m[3]);
       p[3] = V::add(m[1], m[2]), p[4] = V::add(m[1], m[3]), p[5] = V::add(m[2], m[3]);
     }
 
-    // `sums` of two rows, from their elements at `row` and `row + stride`.
-    template <class T>
-    static void half(const typename T::Word* row, int64_t stride, F (&sums)[36]) {
-      F m[4], first[6], second[6];
-      V::template columns<T>(row, m);
-      pairs(m, first);
-      V::template columns<T>(row + stride, m);
-      pairs(m, second);
-      for (int i = 0; i < 36; ++i) sums[i] = V::add(first[i / 6], second[i % 6]);
-    }
-
+    // The best of the masks from `first` on.
+    struct Best {
+      F score;
+      typename V::Keep keep;
+    };
     template <size_t i>
-    void step(F& best, typename V::Keep& keep) const {
-      const F score = V::add(upper[kTileMasks.upper[i]], lower[kTileMasks.lower[i]]);
-      keep = V::better(score, best, keep, kTileMasks.keep[i]);
-      best = V::larger(best, score);
+    F score(const F (&lower)[36]) const {
+      constexpr int upper = kTileMasks.upper[i];
+      return V::add(V::add(pairs[0][upper / 6], pairs[1][upper % 6]), lower[kTileMasks.lower[i]]);
+    }
+    template <size_t first, size_t... i>
+    Best best(const F (&lower)[36], std::index_sequence<i...>) const {
+      Best best{score<first>(lower), V::keep(kTileMasks.keep[first])};
+      (V::take(score<first + i + 1>(lower), V::keep(kTileMasks.keep[first + i + 1]), best.score,
+               best.keep),
+       ...);
+      return best;
     }
     template <size_t... i>
-    typename V::Keep best(std::index_sequence<i...>) const {
-      F score = V::add(upper[kTileMasks.upper[0]], lower[kTileMasks.lower[0]]);
-      typename V::Keep keep = V::keep(kTileMasks.keep[0]);
-      (step<i + 1>(score, keep), ...);
-      return keep;
+    void lower_sums(F (&lower)[36], std::index_sequence<i...>) const {
+      ((lower[i] = V::add(pairs[2][i / 6], pairs[3][i % 6])), ...);
+    }
+    // Two halves, so that one does not wait for the other's comparisons.
+    typename V::Keep best() const {
+      F lower[36];
+      lower_sums(lower, std::make_index_sequence<36>{});
+      constexpr std::make_index_sequence<kMasks / 2 - 1> others{};
+      Best low = best<0>(lower, others);
+      const Best high = best<kMasks / 2>(lower, others);
+      V::take(high.score, high.keep, low.score, low.keep);
+      return low.keep;
     }
   };
 
@@ -74,9 +88,10 @@ struct Tiles24 {
     using V = S<typename T::Score>;
     Search<typename T::Score> search;
     for (int64_t k = 0; k < n; k += 4 * V::kLanes, in += 4 * V::kLanes, out += 4 * V::kLanes) {
-      search.template half<T>(in, stride, search.upper);
-      search.template half<T>(in + 2 * stride, stride, search.lower);
-      const auto keep = search.best(std::make_index_sequence<kMasks - 1>{});
+      for (int row = 0; row < 4; ++row) {
+        search.template add_row<T>(in + row * stride, search.pairs[row]);
+      }
+      const auto keep = search.best();
       V::template store<T, 0>(in, keep, out);
       V::template store<T, 1>(in + stride, keep, out + stride);
       V::template store<T, 2>(in + 2 * stride, keep, out + 2 * stride);
