@@ -59,21 +59,11 @@ void with_word(int size, F f) {
   }
 }
 
-// Keep mask of a group (bit i: position i kept; two bits set) to the nibble i0 | i1 << 2.
-constexpr uint8_t kNibble[16] = {0, 0, 0, 4, 0, 8, 9, 0, 0, 12, 13, 0, 14, 0, 0, 0};
-
-// ---- one element at a time ----
-
+// |w| as an ordered integer.
 template <class T>
-typename T::Word magnitude(typename T::Word w) {
+inline typename T::Word magnitude(typename T::Word w) {
   if constexpr (std::is_same_v<T, I8>) return w & 0x80 ? static_cast<uint8_t>(-w) : w;
   return w & T::kMagnitude;
-}
-
-// A kept zero is stored as +0.0, so that the bytes do not depend on which zero was named.
-template <class T>
-typename T::Word canonical(typename T::Word w) {
-  return magnitude<T>(w) ? w : typename T::Word{0};
 }
 
 // ---- 4x4 tiles, two kept in every row and every column ----

@@ -179,7 +179,8 @@ uint32_t keep_bits(const typename T::Word* p) {
 
 // 64 keep bits to 16 nibbles i0 | i1 << 2.
 uint64_t meta_of_keep(uint64_t keep) {
-  const __m128i table = load_half(kNibble), low = _mm_set1_epi8(15);
+  const __m128i table = _mm_set_epi64x(0x0000000e000d0c00, 0x0009080004000000),
+                low = _mm_set1_epi8(15);
   const __m128i x = _mm_cvtsi64_si128(static_cast<int64_t>(keep));
   const __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(x, low));
   const __m128i odd = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(x, 4), low));

@@ -69,8 +69,10 @@ struct PortableScores {
   static void store(const typename T::Word* in, const Keep& keep, typename T::Word* out) {
     for (int t = 0; t < kLanes; ++t) {
       for (int c = 0; c < 4; ++c) {
-        const bool kept = keep.lane[t] >> (4 * row + c) & 1;
-        out[4 * t + c] = kept ? canonical<T>(in[4 * t + c]) : typename T::Word{0};
+        const typename T::Word w = in[4 * t + c];
+        // No branch, which would be taken at random; a kept zero is +0.0.
+        const typename T::Word kept = keep.lane[t] >> (4 * row + c) & (magnitude<T>(w) != 0);
+        out[4 * t + c] = static_cast<typename T::Word>(w * kept);
       }
     }
   }
