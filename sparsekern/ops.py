@@ -35,6 +35,7 @@ _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.
 _FLOAT8 |= {torch.float8_e8m0fnu}
 ZVC_DTYPES = FORMAT_DTYPES | _INTEGERS | _FLOAT8 | {torch.complex32, torch.complex64}
 ZVC_TILE = 4096
+_PART = 1 << 18  # elements
 
 _ops = torch.ops.sparsekern
 
@@ -762,11 +763,17 @@ def _first_dense_group(weight: Tensor) -> tuple[int, int] | None:
     """(row, group) of the first group with more than two non-zeros, rows counted over all leading dimensions."""
     if weight.numel() == 0:
         return None
-    nonzero = (weight.detach() != 0).reshape(-1, weight.shape[-1] // 4, 4).sum(-1) > 2
-    if not bool(nonzero.any()):
-        return None
-    row, group = nonzero.nonzero()[0].tolist()
-    return row, group
+    K = weight.shape[-1]
+    rows = weight.detach().reshape(-1, K)
+    # On the CPU in parts, whose intermediates stay in the cache.
+    step = max(1, _PART // K) if rows.device.type == "cpu" else rows.shape[0]
+    for start in range(0, rows.shape[0], step):
+        # Four booleans are four bytes of 0 or 1: the product's top byte is their sum.
+        groups = (rows[start : start + step] != 0).flatten().view(torch.int32) * 0x01010101
+        if int(groups.max()) >= 3 << 24:
+            row, group = divmod(int((groups >= 3 << 24).nonzero()[0]), K // 4)
+            return start + row, group
+    return None
 
 
 def pack_24(weight: Tensor, prune: bool = False) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -13,7 +14,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 import sparsekern as sk
-from sparsekern import backends, reference
+from sparsekern import backends, ops, reference
 from sparsekern.backends import cpu
 
 DTYPES = [
@@ -242,6 +243,164 @@ def test_prune_takes_any_leading_shape(backend):
         assert backend.prune_24(torch.ones(shape)).shape == shape
 
 
+# ---- the kernels of every tier: patterns, lengths, places in memory, threads ----
+
+
+def every_group(dtype: torch.dtype) -> torch.Tensor:
+    """All sequences of four out of seven elements: every order and tie of magnitudes, under every sign."""
+    if dtype is torch.uint8:
+        choice = torch.tensor([0, 1, 2, 3, 127, 128, 255], dtype=dtype)
+    elif dtype is torch.int8:
+        choice = torch.tensor([0, 1, -1, 2, -2, 127, -128], dtype=dtype)
+    else:
+        choice = torch.tensor([0.0, -0.0, 1, -1, 2, -2, 3], dtype=dtype)
+    return torch.cartesian_prod(*[choice] * 4).reshape(49, -1)
+
+
+def every_special_group(dtype: torch.dtype) -> torch.Tensor:
+    """The same out of zeros, denormals, infinities and NaNs with payloads."""
+    choice = palette(dtype)
+    keep = [0, 2, 4, 6, 8, 9, 11, 12, 14] if dtype.is_floating_point else range(7)
+    choice = choice[list(keep)]
+    return torch.cartesian_prod(*[choice] * 4).reshape(len(keep) ** 2, -1)
+
+
+@pytest.mark.parametrize("groups", [every_group, every_special_group])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_order_and_tie_of_four_packs_as_the_format_says(isa, dtype, groups):
+    weight = groups(dtype)
+    values, meta = pack_in_python(weight)
+    got = cpu.pack_24(weight)
+    assert_same_bits(got[0], values)
+    assert_same_bits(got[1], meta)
+    assert_same_bits(cpu.prune_24(weight), unpack_in_python(values, meta))
+    assert_same_bits(cpu.unpack_24(values, meta), unpack_in_python(values, meta))
+    assert_same_bits(cpu.gather_24(weight, meta), gather_in_python(weight, meta))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_every_length_from_4_to_200_give_the_bits_of_the_reference(isa, dtype):
+    for K in range(4, 201, 4):
+        weight = fill("random bits" if K % 8 else "specials", dtype, 4, K)
+        values, meta = reference.pack_24(weight)
+        for got, want in zip(cpu.pack_24(weight), (values, meta), strict=True):
+            assert_same_bits(got, want)
+        assert_same_bits(cpu.prune_24(weight), reference.prune_24(weight))
+        assert_same_bits(cpu.unpack_24(values, meta), reference.unpack_24(values, meta))
+        assert_same_bits(cpu.gather_24(weight, meta), reference.gather_24(weight, meta))
+        tiles = reference.prune_24_transposable(weight)
+        assert_same_bits(cpu.prune_24_transposable(weight), tiles)
+
+
+class Guarded:
+    """Contiguous storage for a tensor, one element past an aligned address, between bytes that must not change."""
+
+    PAD = 64
+
+    def __init__(self, like: torch.Tensor, copy: bool) -> None:
+        size = like.nbytes
+        self.all = torch.full((size + 2 * self.PAD + like.itemsize,), 0xA5, dtype=torch.uint8)
+        start = self.PAD + like.itemsize
+        self.tensor = self.all[start : start + size].view(like.dtype).view(like.shape)
+        self.outside = torch.cat([self.all[:start], self.all[start + size :]])
+        self.start, self.end = start, start + size
+        if copy:
+            self.tensor.copy_(like)
+
+    def address(self) -> int:
+        return self.tensor.data_ptr()
+
+    def check(self, want: torch.Tensor) -> None:
+        assert_same_bits(self.tensor, want)
+        assert torch.equal(torch.cat([self.all[: self.start], self.all[self.end :]]), self.outside)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_write_their_output_and_nothing_around_it_at_any_address(isa, dtype):
+    code = cpu._DTYPE[dtype]
+    for N, K in [(4, 4), (4, 12), (4, 60), (4, 64), (8, 68), (4, 72), (4, 132), (12, 200)]:
+        weight = fill("random bits", dtype, N, K)
+        values, meta = reference.pack_24(weight)
+        dense, tiles = reference.prune_24(weight), reference.prune_24_transposable(weight)
+        w, v, m = (Guarded(t, copy=True) for t in (weight, values, meta))
+        shape = (N, K, code, 1)
+
+        out = Guarded(weight, copy=False)
+        cpu._cpu.prune_24(w.address(), out.address(), *shape)
+        out.check(dense)
+
+        out = Guarded(weight, copy=False)
+        cpu._cpu.prune_24_transposable(w.address(), out.address(), *shape)
+        out.check(tiles)
+
+        out, packed = Guarded(values, copy=False), Guarded(meta, copy=False)
+        cpu._cpu.pack_24(w.address(), out.address(), packed.address(), *shape)
+        out.check(values)
+        packed.check(meta)
+
+        out = Guarded(weight, copy=False)
+        cpu._cpu.unpack_24(v.address(), m.address(), out.address(), *shape)
+        out.check(dense)
+
+        out = Guarded(values, copy=False)
+        cpu._cpu.gather_24(w.address(), m.address(), out.address(), *shape)
+        out.check(reference.gather_24(weight, meta))
+        for guarded, same in ((w, weight), (v, values), (m, meta)):
+            guarded.check(same)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(4, 70004), (132, 1028), (8, 65536), (2048, 60)])
+def test_any_number_of_threads_gives_the_same_bits(isa, threads, shape):
+    weight = fill("specials", torch.bfloat16, *shape)
+    values, meta = reference.pack_24(weight)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        packed, pruned = cpu.pack_24(weight), cpu.prune_24(weight)
+        dense, gathered = cpu.unpack_24(values, meta), cpu.gather_24(weight, meta)
+        tiles = cpu.prune_24_transposable(weight)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(packed[0], values)
+    assert_same_bits(packed[1], meta)
+    assert_same_bits(pruned, reference.prune_24(weight))
+    assert_same_bits(dense, reference.unpack_24(values, meta))
+    assert_same_bits(gathered, reference.gather_24(weight, meta))
+    assert_same_bits(tiles, reference.prune_24_transposable(weight))
+
+
+@functools.cache
+def binary_tiles() -> tuple[torch.Tensor, torch.Tensor]:
+    """All 65536 tiles of zeros and ones, where nearly every mask ties with another, and what becomes of them."""
+    bit = torch.arange(65536).unsqueeze(-1) >> torch.arange(16) & 1
+    tiles = bit.reshape(256, 256, 4, 4).permute(0, 2, 1, 3).reshape(1024, 1024)
+    return tiles, reference.prune_24_transposable(tiles.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_binary_tiles_take_the_first_of_equal_masks(isa, dtype):
+    tiles, pruned = binary_tiles()
+    assert_same_bits(cpu.prune_24_transposable(tiles.to(dtype)), pruned.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_whose_sums_round_or_overflow_take_the_mask_of_the_reference(isa, dtype):
+    generator = torch.Generator().manual_seed(24)
+    weight = torch.randint(-3, 4, (64, 1024), generator=generator).to(torch.float64)
+    if dtype.is_floating_point:
+        # Ones lost beside 2^24 (2^53 in fp64), and sums past the largest finite number.
+        large = (
+            2.0**53 if dtype is torch.float64 else 2.0**15 if dtype is torch.float16 else 2.0**24
+        )
+        scale = torch.tensor([1.0, 1.0, 1 + 2.0**-9, large, 1 / large], dtype=torch.float64)
+        weight *= scale[torch.randint(5, weight.shape, generator=generator)]
+        rows = torch.finfo(dtype).max / 4 * torch.randint(1, 4, (8, 1024), generator=generator)
+        weight = torch.cat([weight, rows])
+    weight = weight.to(dtype) if dtype is not torch.uint8 else weight.abs().to(dtype)
+    assert_same_bits(cpu.prune_24_transposable(weight), reference.prune_24_transposable(weight))
+
+
 # ---- the public functions ----
 
 
@@ -377,6 +536,24 @@ def test_is_24_says_whether_two_of_four_are_zero(isa):
     assert not sk.is_24(weight.reshape(2, 2, 12))
     assert not sk.is_24(torch.zeros(4, 6))
     assert not sk.is_24(torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool], ids=str)
+def test_the_first_dense_group_of_a_large_weight_is_found_wherever_it_is(dtype):
+    for N, K in [(3, 400000), (5000, 300), (1, 4)]:
+        weight = torch.zeros(N, K, dtype=dtype)
+        weight.view(-1, 4)[:, 1::2] = 1
+        assert sk.is_24(weight)
+        assert sk.is_24(-weight if dtype.is_signed else weight)
+        for at in {0, N * K // 8, N * K // 4 - 1}:
+            spoilt = weight.clone()
+            spoilt.view(-1, 4)[at:][:1000, 0] = 1
+            assert ops._first_dense_group(spoilt) == divmod(at, K // 4)
+            assert ops._first_dense_group(spoilt.T.contiguous().T) == divmod(at, K // 4)
+    weight = torch.tensor([torch.nan, -0.0, 0, torch.inf] * 2)
+    assert sk.is_24(weight)
+    weight[5] = 1e-45
+    assert not sk.is_24(weight)
 
 
 @pytest.mark.parametrize("nibble", sorted({*range(16)} - {*LEGAL}))

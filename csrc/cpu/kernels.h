@@ -82,11 +82,27 @@ struct ZvcKernels {
                  void* x);  // readable to +64 B
 };
 
+// Blocks of 64 elements: 16 groups, 8 bytes of meta. Nothing outside the blocks is read or written.
+constexpr int64_t kFormatBlock = 64;
+struct Format24Kernels {
+  void (*prune)(const void* weight, void* out, int64_t blocks, DType dtype);
+  void (*pack)(const void* weight, void* values, uint8_t* meta, int64_t blocks, DType dtype);
+  void (*unpack)(const void* values, const uint8_t* meta, void* dense, int64_t blocks, int size);
+  void (*gather)(const void* dense, const uint8_t* meta, void* values, int64_t blocks, int size);
+};
+// prune_24_transposable of four rows that lie `stride` elements apart, in weight and in out.
+using Tiles24Kernel = void (*)(const void* weight, void* out, int64_t stride, int64_t blocks,
+                               DType dtype);
+
 using Linear24Table = Linear24Kernels[3];  // by dtype: fp32, fp16, bf16
 
+extern const Format24Kernels format_24_portable;
+extern const Tiles24Kernel tiles_24_portable;
 extern const Linear24Table linear_24_portable;
 extern const ZvcKernels zvc_portable;
 #if defined(__x86_64__)
+extern const Format24Kernels format_24_avx2, format_24_avx512;
+extern const Tiles24Kernel tiles_24_avx2, tiles_24_avx512;
 extern const Linear24Table linear_24_avx2, linear_24_avx512;
 extern const Linear24Kernels linear_24_avx512_bf16;
 extern const ZvcKernels zvc_avx2, zvc_avx512;
@@ -97,6 +113,8 @@ struct Tier {
   bool (*supported)();
   const Linear24Kernels* linear_24[3];  // by dtype
   const ZvcKernels& zvc;
+  const Format24Kernels& format_24;
+  const Tiles24Kernel& tiles_24;
 };
 const Tier& tier();  // the one in use
 
