@@ -45,13 +45,22 @@ bool cpu_has_avx512() {
 #endif
 }
 
+bool cpu_has_avx512_bf16() {
+#if defined(__x86_64__)
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 // Best first. A new tier is its kernels, their declarations in kernels.h and its line here.
 constexpr Tier kTiers[] = {
 #if defined(__x86_64__)
-    {"avx512", cpu_has_avx512, linear_24_avx512, zvc_avx512},
-    {"avx2", cpu_has_avx2, linear_24_avx2, zvc_avx2},
+    {"avx512_bf16", cpu_has_avx512_bf16, linear_24_avx512, linear_24_grad_avx512_bf16, zvc_avx512},
+    {"avx512", cpu_has_avx512, linear_24_avx512, linear_24_grad_avx512, zvc_avx512},
+    {"avx2", cpu_has_avx2, linear_24_avx2, linear_24_grad_avx2, zvc_avx2},
 #endif
-    {"portable", [] { return true; }, linear_24_portable, zvc_portable},
+    {"portable", [] { return true; }, linear_24_portable, linear_24_grad_portable, zvc_portable},
 };
 
 const Tier* best() {
