@@ -25,12 +25,12 @@ namespace sparsekern::cpu {
 constexpr int kDxColumns =
     128;  // of weight per block; 128 columns * 1024 lanes of acc: 512 KB of L2
 constexpr int kDxLanes = 1024;        // lanes of all panels of one pass
-constexpr int kDxList = 256;          // entries a column's list can hold
+constexpr int kDxDepth = 256;         // word rows per block at most
 constexpr int kDxPanelBytes = 32768;  // of a panel that L1 holds beside lists and acc
 constexpr int kDxRows = 64;           // rows of dy the ROWS kernel takes at most
 constexpr int kDxRowsBlock = 16384;   // floats of sums in the ROWS kernel
-// ROWS: twice the sums, 8 rows of weight. PANELS: acc, lists, counts, two rows of weight.
-constexpr int64_t kDxScratch = int64_t{kDxColumns} * (kDxLanes + 2 * kDxList + 4);
+// PANELS: acc, the turned block, rows before they are turned. ROWS needs less.
+constexpr int64_t kDxScratch = int64_t{kDxColumns} * (kDxLanes + kDxDepth + 16 + 16);
 
 template <class T, bool kPair>
 struct DxWeight {
@@ -148,27 +148,36 @@ struct DxRows {
 template <class T>
 struct DxPanels {
   using F = typename T::F;
-  struct Entry {
-    float w;
-    int32_t row;
+
+  // A block of the weight, turned: column c's words of all rows, and the bits of the rows that keep
+  // it, 64 rows a mask.
+  struct Block {
+    float* words;     // [kDxColumns][stride]
+    int64_t stride;   // an odd number of cache lines, so that columns spread over all sets of L1
+    uint64_t* masks;  // [chunks][kDxColumns]
+    int64_t chunks;
   };
 
   template <bool kPair, int W>
-  static void multiply(const float* panel, const Entry* lists, const int32_t* length,
-                       int64_t columns, float* acc) {
+  static void multiply(const float* panel, const Block& block, int64_t columns, float* acc) {
     constexpr int64_t kWidth = W * T::kLanes;
     for (int64_t c = 0; c < columns; ++c) {
       F sum[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) sum[i] = T::zero();
-      const Entry* end = lists + c * kDxList + length[c];
-      for (const Entry* e = lists + c * kDxList; e < end; ++e) {
-        const F w = T::set1(e->w);
-        const float* row = panel + e->row * kWidth;
+      const float *words = block.words + c * block.stride, *rows = panel;
+      const uint64_t* mask = block.masks + c;
+      for (int64_t chunk = block.chunks; chunk > 0; --chunk) {
+        for (uint64_t bits = *mask; bits; bits &= bits - 1) {
+          const int64_t r = __builtin_ctzll(bits);
+          const F w = T::set1(words[r]);
+          const float* row = rows + r * kWidth;
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-          sum[i] = multiply_add<T, kPair>(w, T::load(row + i * T::kLanes), sum[i]);
+          for (int i = 0; i < W; ++i) {
+            sum[i] = multiply_add<T, kPair>(w, T::load(row + i * T::kLanes), sum[i]);
+          }
         }
+        words += 64, rows += 64 * kWidth, mask += kDxColumns;
       }
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
@@ -179,36 +188,52 @@ struct DxPanels {
   }
 
   template <bool kPair>
-  static void multiply_width(int lanes, const float* panel, const Entry* lists,
-                             const int32_t* length, int64_t columns, float* acc) {
+  static void multiply_width(int lanes, const float* panel, const Block& block, int64_t columns,
+                             float* acc) {
     switch (lanes / T::kLanes) {
-      case 1: return multiply<kPair, 1>(panel, lists, length, columns, acc);
-      case 2: return multiply<kPair, 2>(panel, lists, length, columns, acc);
-      case 3: return multiply<kPair, 3>(panel, lists, length, columns, acc);
-      case 4: return multiply<kPair, 4>(panel, lists, length, columns, acc);
-      case 6: return multiply<kPair, 6>(panel, lists, length, columns, acc);
-      case 8: return multiply<kPair, 8>(panel, lists, length, columns, acc);
+      case 1: return multiply<kPair, 1>(panel, block, columns, acc);
+      case 2: return multiply<kPair, 2>(panel, block, columns, acc);
+      case 3: return multiply<kPair, 3>(panel, block, columns, acc);
+      case 4: return multiply<kPair, 4>(panel, block, columns, acc);
+      case 6: return multiply<kPair, 6>(panel, block, columns, acc);
+      case 8: return multiply<kPair, 8>(panel, block, columns, acc);
     }
     if constexpr (T::kMaxWidth >= 16) {
-      if (lanes == 12 * T::kLanes) return multiply<kPair, 12>(panel, lists, length, columns, acc);
-      multiply<kPair, 16>(panel, lists, length, columns, acc);
+      if (lanes == 12 * T::kLanes) return multiply<kPair, 12>(panel, block, columns, acc);
+      multiply<kPair, 16>(panel, block, columns, acc);
     }
   }
 
-  // The lists of `rows` word rows from n, columns [k, k + columns).
+  // `rows` word rows of weight from n, columns [k, k + columns). `dense` has room for kLanes rows.
   template <bool kPair>
   static void build(const Linear24Dx& a, int64_t n, int64_t rows, int64_t words, int64_t k,
-                    int64_t columns, Entry* lists, int32_t* length, float* dense) {
-    std::memset(length, 0, sizeof(int32_t) * kDxColumns);
-    uint64_t kept[kDxColumns / 64];
-    for (int64_t r = 0; r < rows; ++r) {
-      if (n + r + rows < words) DxWeight<T, kPair>::prefetch(a, n + r + rows, k, columns);
-      DxWeight<T, kPair>::expand(a, n + r, k, columns, dense, kept);
-      for (int64_t c0 = 0; c0 < columns; c0 += 64) {
-        for (uint64_t bits = kept[c0 / 64]; bits; bits &= bits - 1) {
-          const int64_t c = c0 + __builtin_ctzll(bits);
-          lists[c * kDxList + length[c]++] = {dense[c], static_cast<int32_t>(r)};
+                    int64_t columns, const Block& block, float* dense) {
+    uint8_t kept_bytes[kDxColumns / 8][kDxDepth];  // byte b: which of columns 8b .. 8b+7 a row keeps
+    std::memset(kept_bytes, 0, sizeof kept_bytes);
+    for (int64_t r0 = 0; r0 < rows; r0 += T::kLanes) {
+      const int64_t some = rows - r0 < T::kLanes ? rows - r0 : T::kLanes;
+      for (int64_t r = r0; r < r0 + some; ++r) {
+        uint64_t kept[kDxColumns / 64];
+        if (n + r + rows < words) DxWeight<T, kPair>::prefetch(a, n + r + rows, k, columns);
+        DxWeight<T, kPair>::expand(a, n + r, k, columns, dense + (r - r0) * kDxColumns, kept);
+        for (int64_t b = 0; 8 * b < columns; ++b) {
+          kept_bytes[b][r] = static_cast<uint8_t>(kept[b / 8] >> b % 8 * 8);
         }
+      }
+      for (int64_t c = 0; c < columns; c += T::kLanes) {
+        F tile[T::kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < T::kLanes; ++i) tile[i] = T::load(dense + i * kDxColumns + c);
+        T::transpose(tile);
+#pragma GCC unroll 16
+        for (int i = 0; i < T::kLanes; ++i) {
+          T::store(block.words + (c + i) * block.stride + r0, tile[i]);
+        }
+      }
+    }
+    for (int64_t chunk = 0; chunk < block.chunks; ++chunk) {
+      for (int64_t b = 0; 8 * b < columns; ++b) {
+        T::turn_bits(kept_bytes[b] + 64 * chunk, block.masks + chunk * kDxColumns + 8 * b);
       }
     }
   }
@@ -236,10 +261,11 @@ struct DxPanels {
                        float* scratch) {
     const int64_t words = kPair ? ceil_div(a.N, 2) : a.N;
     float *acc = scratch, *dense = acc + int64_t{kDxColumns} * kDxLanes;
-    auto* length = reinterpret_cast<int32_t*>(dense + kDxColumns);
-    auto* lists = reinterpret_cast<Entry*>(dense + 4 * kDxColumns);
     const int64_t fit = kDxPanelBytes / 4 / panels[0].lanes;  // panels come widest first
-    const int64_t depth = fit < kDxList ? fit : kDxList;
+    const int64_t depth = fit < kDxDepth ? fit : kDxDepth;
+    uint64_t masks[kDxDepth / 64 * kDxColumns];
+    const Block block = {dense + T::kLanes * kDxColumns, (ceil_div(depth, 16) | 1) * 16, masks,
+                         ceil_div(depth, 64)};
     for (int64_t k = k0; k < k1; k += kDxColumns) {
       const int64_t columns = k1 - k < kDxColumns ? k1 - k : kDxColumns;
       int64_t lanes = 0;
@@ -247,11 +273,10 @@ struct DxPanels {
       std::memset(acc, 0, sizeof(float) * kDxColumns * lanes);
       for (int64_t n = 0; n < words; n += depth) {
         const int64_t rows = words - n < depth ? words - n : depth;
-        build<kPair>(a, n, rows, words, k, columns, lists, length, dense);
+        build<kPair>(a, n, rows, words, k, columns, block, dense);
         float* at = acc;
         for (int p = 0; p < count; at += kDxColumns * panels[p].lanes, ++p) {
-          multiply_width<kPair>(panels[p].lanes, panels[p].data + n * panels[p].lanes, lists,
-                                length, columns, at);
+          multiply_width<kPair>(panels[p].lanes, panels[p].data + n * panels[p].lanes, block, columns, at);
         }
       }
       const float* at = acc;

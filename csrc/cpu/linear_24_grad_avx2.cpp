@@ -103,6 +103,17 @@ struct Avx2 {
                                          0x80018000, 0x80010080, 0x80008080, 0x00018080,
                                          0x01808000, 0x01800080, 0x01008080, 0x00808080};
 
+  // Bit b of 64 bytes is bits 0..63 of out[b].
+  static void turn_bits(const uint8_t* bytes, uint64_t* out) {
+    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes) + 1);
+    for (int b = 7; b >= 0; --b) {
+      out[b] = static_cast<uint32_t>(_mm256_movemask_epi8(low)) |
+               uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(high))} << 32;
+      low = _mm256_add_epi8(low, low), high = _mm256_add_epi8(high, high);
+    }
+  }
+
   // Eight columns: one byte of meta, four values.
   template <DType D>
   static void expand_8(const uint8_t* values, uint8_t meta, float* out) {

@@ -105,6 +105,15 @@ struct Avx512 {
     return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_or_si128(low, high)));
   }
 
+  // Bit b of 64 bytes is bits 0..63 of out[b].
+  static void turn_bits(const uint8_t* bytes, uint64_t* out) {
+    const __m512i all = _mm512_loadu_si512(bytes);
+#pragma GCC unroll 8
+    for (int b = 0; b < 8; ++b) {
+      out[b] = _mm512_test_epi8_mask(all, _mm512_set1_epi8(static_cast<char>(1 << b)));
+    }
+  }
+
   template <DType D>
   static uint64_t expand_64(const uint8_t* values, const uint8_t* meta, float* out) {
     const uint64_t kept = kept_bits(meta);

@@ -65,6 +65,14 @@ struct Portable {
     }
   }
 
+  // Bit b of 64 bytes is bits 0..63 of out[b].
+  static void turn_bits(const uint8_t* bytes, uint64_t* out) {
+    for (int b = 0; b < 8; ++b) {
+      out[b] = 0;
+      for (int i = 0; i < 64; ++i) out[b] |= uint64_t{bytes[i] >> b & 1u} << i;
+    }
+  }
+
   struct Index {
     int32_t at[kLanes];
   };
