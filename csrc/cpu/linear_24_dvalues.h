@@ -80,12 +80,18 @@ struct DvaluesPanels {
   template <bool kPair, int W>
   static F dot(const F* d, const float* x, const int32_t* position) {
     const float* row = x + *position * int64_t{W * T::kLanes};
-    F sum[2] = {T::zero(), T::zero()};
+    constexpr int kChains = W >= 8 && T::kSums >= 16 ? 4 : W >= 4 ? 2 : 1;
+    F sum[kChains];
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = T::zero();
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
-      sum[i % 2] = multiply_add<T, kPair>(d[i], T::load(row + i * T::kLanes), sum[i % 2]);
+      sum[i % kChains] =
+          multiply_add<T, kPair>(d[i], T::load(row + i * T::kLanes), sum[i % kChains]);
     }
-    return W > 1 ? T::add(sum[0], sum[1]) : sum[0];
+    if constexpr (kChains == 4) return T::add(T::add(sum[0], sum[1]), T::add(sum[2], sum[3]));
+    if constexpr (kChains == 2) return T::add(sum[0], sum[1]);
+    return sum[0];
   }
 
   // The sums of `Count` slots, folded Log2(Count) levels: each slot's sum is spread over kLanes /
@@ -103,7 +109,7 @@ struct DvaluesPanels {
 
   // sums[n][kLanes slots] (+)= dy[n] · x[k] over the rows of one panel.
   template <bool kPair, int W>
-  static void multiply(const Linear24Dvalues& a, const float* x, const float* dy, int64_t k,
+  [[gnu::noinline]] static void multiply(const Linear24Dvalues& a, const float* x, const float* dy, int64_t k,
                        int64_t n0, int64_t n1, bool first, float* sums) {
     for (int64_t n = n0; n < n1; ++n, dy += W * T::kLanes, sums += T::kLanes) {
       alignas(64) int32_t position[T::kLanes];

@@ -158,23 +158,33 @@ struct DxPanels {
     int64_t chunks;
   };
 
+  // Not inlined: the loop needs every register, and its callers' pointers would take some.
   template <bool kPair, int W>
-  static void multiply(const float* panel, const Block& block, int64_t columns, float* acc) {
+  [[gnu::noinline]] static void multiply(const float* panel, const Block& block, int64_t columns, float* acc) {
     constexpr int64_t kWidth = W * T::kLanes;
+    // Narrow panels take turns between sets of sums: one alone would wait for its own latency.
+    constexpr int kChains = 4 * W <= T::kSums ? 4 : 2 * W <= T::kSums ? 2 : 1;
     for (int64_t c = 0; c < columns; ++c) {
-      F sum[W];
+      F sum[kChains * W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) sum[i] = T::zero();
+      for (int i = 0; i < kChains * W; ++i) sum[i] = T::zero();
       const float *words = block.words + c * block.stride, *rows = panel;
       const uint64_t* mask = block.masks + c;
       for (int64_t chunk = block.chunks; chunk > 0; --chunk) {
-        for (uint64_t bits = *mask; bits; bits &= bits - 1) {
-          const int64_t r = __builtin_ctzll(bits);
-          const F w = T::set1(words[r]);
-          const float* row = rows + r * kWidth;
+        uint64_t bits = *mask;
+        while (bits) {
+#pragma GCC unroll 8
+          for (int chain = 0; chain < kChains; ++chain) {
+            if (chain > 0 && !bits) break;
+            const int64_t r = __builtin_ctzll(bits);
+            bits &= bits - 1;
+            const F w = T::set1(words[r]);
+            const float* row = rows + r * kWidth;
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) {
-            sum[i] = multiply_add<T, kPair>(w, T::load(row + i * T::kLanes), sum[i]);
+            for (int i = 0; i < W; ++i) {
+              F& s = sum[chain * W + i];
+              s = multiply_add<T, kPair>(w, T::load(row + i * T::kLanes), s);
+            }
           }
         }
         words += 64, rows += 64 * kWidth, mask += kDxColumns;
@@ -182,7 +192,10 @@ struct DxPanels {
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         float* at = acc + c * kWidth + i * T::kLanes;
-        T::store(at, T::add(T::load(at), sum[i]));
+        F all = sum[i];
+#pragma GCC unroll 8
+        for (int chain = 1; chain < kChains; ++chain) all = T::add(all, sum[chain * W + i]);
+        T::store(at, T::add(T::load(at), all));
       }
     }
   }
@@ -206,7 +219,7 @@ struct DxPanels {
 
   // `rows` word rows of weight from n, columns [k, k + columns). `dense` has room for kLanes rows.
   template <bool kPair>
-  static void build(const Linear24Dx& a, int64_t n, int64_t rows, int64_t words, int64_t k,
+  [[gnu::noinline]] static void build(const Linear24Dx& a, int64_t n, int64_t rows, int64_t words, int64_t k,
                     int64_t columns, const Block& block, float* dense) {
     uint8_t kept_bytes[kDxColumns / 8][kDxDepth];  // byte b: which of columns 8b .. 8b+7 a row keeps
     std::memset(kept_bytes, 0, sizeof kept_bytes);

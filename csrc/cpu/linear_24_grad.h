@@ -11,7 +11,8 @@
 //
 //     panel[j][lane] = word(r0 + lane, j)      zero past the last row, so that no kernel has a tail
 //
-// A tier T supplies: F (a vector of kLanes floats), kMaxWidth (vectors in the widest panel), kPairs,
+// A tier T supplies: F (a vector of kLanes floats), kMaxWidth (vectors in the widest panel), kSums
+//   (accumulators that fit beside the operands), kPairs,
 //   zero, set1, load, store, add, mul, fma
 //   load_values<D>(bytes, i)        kLanes elements from the i-th, as fp32
 //   dot(w, v, acc), zip(low, high)  with kPairs: the pair product; words from two rows of kLanes bf16

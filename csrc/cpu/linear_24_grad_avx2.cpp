@@ -20,7 +20,7 @@ namespace {
 
 struct Avx2 {
   using F = __m256;
-  static constexpr int kLanes = 8, kLevels = 3, kMaxWidth = 8;
+  static constexpr int kLanes = 8, kLevels = 3, kMaxWidth = 8, kSums = 10;
   static constexpr bool kPairs = false;
 
   static F zero() { return _mm256_setzero_ps(); }

@@ -9,7 +9,7 @@ namespace {
 
 struct Avx512 {
   using F = __m512;
-  static constexpr int kLanes = 16, kLevels = 4, kMaxWidth = 16;
+  static constexpr int kLanes = 16, kLevels = 4, kMaxWidth = 16, kSums = 16;
   static constexpr bool kPairs = false;
 
   static F zero() { return _mm512_setzero_ps(); }

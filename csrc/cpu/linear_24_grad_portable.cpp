@@ -13,7 +13,7 @@ namespace {
 
 struct Portable {
   typedef float F __attribute__((vector_size(16)));
-  static constexpr int kLanes = 4, kLevels = 2, kMaxWidth = 8;
+  static constexpr int kLanes = 4, kLevels = 2, kMaxWidth = 8, kSums = 10;
   static constexpr bool kPairs = false;
 
   static F zero() { return F{}; }
