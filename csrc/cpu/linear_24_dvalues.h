@@ -83,11 +83,15 @@ struct DvaluesPanels {
     constexpr int kChains = W >= 8 && T::kSums >= 16 ? 4 : W >= 4 ? 2 : 1;
     F sum[kChains];
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) sum[i] = T::zero();
-#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
-      sum[i % kChains] =
-          multiply_add<T, kPair>(d[i], T::load(row + i * T::kLanes), sum[i % kChains]);
+      const F v = T::load(row + i * T::kLanes);
+      if (i >= kChains) {
+        sum[i % kChains] = multiply_add<T, kPair>(d[i], v, sum[i % kChains]);
+      } else if constexpr (kPair) {
+        sum[i] = T::dot(d[i], v, T::zero());
+      } else {
+        sum[i] = T::mul(d[i], v);
+      }
     }
     if constexpr (kChains == 4) return T::add(T::add(sum[0], sum[1]), T::add(sum[2], sum[3]));
     if constexpr (kChains == 2) return T::add(sum[0], sum[1]);
@@ -109,11 +113,13 @@ struct DvaluesPanels {
 
   // sums[n][kLanes slots] (+)= dy[n] · x[k] over the rows of one panel.
   template <bool kPair, int W>
-  [[gnu::noinline]] static void multiply(const Linear24Dvalues& a, const float* x, const float* dy, int64_t k,
-                       int64_t n0, int64_t n1, bool first, float* sums) {
+  [[gnu::noinline]] static void multiply(const Linear24Dvalues& a, const float* x, const float* dy,
+                                         int64_t k, int64_t n0, int64_t n1, bool first,
+                                         float* sums) {
     for (int64_t n = n0; n < n1; ++n, dy += W * T::kLanes, sums += T::kLanes) {
       alignas(64) int32_t position[T::kLanes];
       T::store_positions(position, a.meta + n * meta_bytes(a.K), k / 2, a.K / 2);
+      asm("" : "+m"(position));  // from memory: GCC would take them out of the vector one by one
       F d[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) d[i] = T::load(dy + i * T::kLanes);

@@ -73,16 +73,17 @@ template <class T>
 struct DxRows {
   using F = typename T::F;
   static constexpr int kGroup = 8;  // word rows of weight at a time
+  static constexpr int kSkew = 16;  // keeps the rows of a group off each other's sets of L1
   static constexpr int kSplit =
       64;  // groups summed before their sum joins the total: keeps fp32 exact
 
   template <bool kPair>
-  static void multiply(const float* w, int64_t block, const float* dy, int64_t stride, int64_t M,
-                       float* sum) {
+  [[gnu::noinline]] static void multiply(const float* w, int64_t block, const float* dy,
+                                         int64_t stride, int64_t M, float* sum) {
     for (int64_t k = 0; k < block; k += T::kLanes) {
       F row[kGroup];
 #pragma GCC unroll 8
-      for (int g = 0; g < kGroup; ++g) row[g] = T::load(w + g * block + k);
+      for (int g = 0; g < kGroup; ++g) row[g] = T::load(w + g * (block + kSkew) + k);
       for (int64_t m = 0; m < M; ++m) {
         const float* d = dy + m * stride;
         F even = T::zero(), odd = T::zero();
@@ -97,6 +98,38 @@ struct DxRows {
     }
   }
 
+  // One row of dy: dx itself is the vector of sums, and the weight goes from its packed form to the
+  // multiplication without passing through memory, in whole rows. Columns [k0, k1), 64 at a time.
+  template <DType D>
+  static void run_single_row(const Linear24Dx& a, const float* dy, int64_t k0, int64_t k1,
+                             float* sum, float* total) {
+    constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+    const int64_t row_bytes = a.K / 2 * kSize, row_meta = meta_bytes(a.K);
+    for (int64_t n = 0; n < a.N; n += kGroup) {
+      const int64_t rows = a.N - n < kGroup ? a.N - n : kGroup;
+      const bool join = (n / kGroup + 1) % kSplit == 0 || n + kGroup >= a.N;
+      for (int64_t k = k0; k < k1; k += 64) {
+        const auto* values = static_cast<const uint8_t*>(a.values) + n * row_bytes + k / 2 * kSize;
+        const uint8_t* meta = a.meta + n * row_meta + k / 8;
+        F part[4] = {T::zero(), T::zero(), T::zero(), T::zero()};
+        for (int64_t r = 0; r < rows; ++r, values += row_bytes, meta += row_meta) {
+          F w[4];
+          T::template expand_64<D>(values, meta, w);
+          const F d = T::set1(dy[n + r]);
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) part[i] = T::fma(w[i], d, part[i]);
+        }
+        float *s = sum + (k - k0), *t = total + (k - k0);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i, s += T::kLanes, t += T::kLanes) {
+          part[i] = T::add(T::load(s), part[i]);
+          T::store(s, join ? T::zero() : part[i]);
+          if (join) T::store(t, T::add(T::load(t), part[i]));
+        }
+      }
+    }
+  }
+
   template <bool kPair>
   static void run_kind(const Linear24Dx& a, const float* dy, int64_t stride, int64_t k0, int64_t k1,
                        float* scratch) {
@@ -105,19 +138,40 @@ struct DxRows {
     // Columns per block: long runs of each row for few m, sums that stay in L1 for more.
     int64_t block = kDxRowsBlock / a.M / 64 * 64;
     block = block < 256 ? 256 : block > 1024 ? 1024 : block;
+    if constexpr (T::kExpandsInRegisters && !kPair) {
+      if (a.M == 1) {
+        const int64_t whole =
+            (k1 - k0) / 64 * 64 < kDxRowsBlock ? (k1 - k0) / 64 * 64 : kDxRowsBlock;
+        float* total = scratch + whole;
+        for (; whole > 0 && k0 + whole <= k1; k0 += whole) {
+          std::memset(scratch, 0, sizeof(float) * 2 * whole);
+          if (a.dtype == DType::f32) {
+            run_single_row<DType::f32>(a, dy, k0, k0 + whole, scratch, total);
+          } else if (a.dtype == DType::f16) {
+            run_single_row<DType::f16>(a, dy, k0, k0 + whole, scratch, total);
+          } else {
+            run_single_row<DType::bf16>(a, dy, k0, k0 + whole, scratch, total);
+          }
+          for (int64_t i = 0; i < whole; i += T::kLanes) {
+            T::narrow(T::load(total + i), a.dx, k0 + i, a.dtype);
+          }
+        }
+        if (k0 >= k1) return;  // what is left are fewer columns than 64, or than a block
+      }
+    }
     if (block > k1 - k0) block = ceil_div(k1 - k0, 64) * 64;
     float *sum = scratch, *total = sum + a.M * block, *w = total + a.M * block;
     uint64_t kept[1024 / 64];
     for (int64_t k = k0; k < k1; k += block) {
       const int64_t count = k1 - k < block ? k1 - k : block;
-      std::memset(scratch, 0, sizeof(float) * (2 * a.M + kGroup) * block);
+      std::memset(scratch, 0, sizeof(float) * (2 * a.M * block + kGroup * (block + kSkew)));
       for (int64_t n = 0; n < words; n += kGroup) {
         for (int64_t g = 0; g < kGroup; ++g) {
           if (n + g < words) {
             Weight::prefetch(a, n + g + kGroup, k, count);
-            Weight::expand(a, n + g, k, count, w + g * block, kept);
+            Weight::expand(a, n + g, k, count, w + g * (block + kSkew), kept);
           } else {
-            std::memset(w + g * block, 0, sizeof(float) * block);
+            std::memset(w + g * (block + kSkew), 0, sizeof(float) * block);
           }
         }
         multiply<kPair>(w, block, dy + n, stride, a.M, sum);
@@ -160,7 +214,8 @@ struct DxPanels {
 
   // Not inlined: the loop needs every register, and its callers' pointers would take some.
   template <bool kPair, int W>
-  [[gnu::noinline]] static void multiply(const float* panel, const Block& block, int64_t columns, float* acc) {
+  [[gnu::noinline]] static void multiply(const float* panel, const Block& block, int64_t columns,
+                                         float* acc) {
     constexpr int64_t kWidth = W * T::kLanes;
     // Narrow panels take turns between sets of sums: one alone would wait for its own latency.
     constexpr int kChains = 4 * W <= T::kSums ? 4 : 2 * W <= T::kSums ? 2 : 1;
@@ -219,9 +274,11 @@ struct DxPanels {
 
   // `rows` word rows of weight from n, columns [k, k + columns). `dense` has room for kLanes rows.
   template <bool kPair>
-  [[gnu::noinline]] static void build(const Linear24Dx& a, int64_t n, int64_t rows, int64_t words, int64_t k,
-                    int64_t columns, const Block& block, float* dense) {
-    uint8_t kept_bytes[kDxColumns / 8][kDxDepth];  // byte b: which of columns 8b .. 8b+7 a row keeps
+  [[gnu::noinline]] static void build(const Linear24Dx& a, int64_t n, int64_t rows, int64_t words,
+                                      int64_t k, int64_t columns, const Block& block,
+                                      float* dense) {
+    uint8_t kept_bytes[kDxColumns / 8]
+                      [kDxDepth];  // byte b: which of columns 8b .. 8b+7 a row keeps
     std::memset(kept_bytes, 0, sizeof kept_bytes);
     for (int64_t r0 = 0; r0 < rows; r0 += T::kLanes) {
       const int64_t some = rows - r0 < T::kLanes ? rows - r0 : T::kLanes;
@@ -289,7 +346,8 @@ struct DxPanels {
         build<kPair>(a, n, rows, words, k, columns, block, dense);
         float* at = acc;
         for (int p = 0; p < count; at += kDxColumns * panels[p].lanes, ++p) {
-          multiply_width<kPair>(panels[p].lanes, panels[p].data + n * panels[p].lanes, block, columns, at);
+          multiply_width<kPair>(panels[p].lanes, panels[p].data + n * panels[p].lanes, block,
+                                columns, at);
         }
       }
       const float* at = acc;

@@ -20,6 +20,7 @@
 //   fold<Level>(a, b)               one level of the tree of dvalues_panels
 //   narrow(v, out, at, dtype)       kLanes results, rounded
 //   expand<D>, expand_pairs         of dx: a run of kept weights as dense words
+//   expand_64<D>                    with kExpandsInRegisters: 64 columns as vectors
 //   index, pick                     of dvalues: the x that kLanes kept slots name
 #pragma once
 

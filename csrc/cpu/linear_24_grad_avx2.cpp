@@ -21,13 +21,14 @@ namespace {
 struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8, kLevels = 3, kMaxWidth = 8, kSums = 10;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kExpandsInRegisters = false;
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float v) { return _mm256_set1_ps(v); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 
   template <DType D>

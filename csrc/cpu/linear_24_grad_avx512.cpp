@@ -26,7 +26,7 @@ const Gradient24Kernels linear_24_grad_avx512 = {
     DvaluesRows<Avx512>::run,
     DvaluesPanels<Avx512>::run,
     16,
-    32,
+    16,
     Avx512::kLanes,
     Avx512::kLanes * Avx512::kMaxWidth,
     Avx512::kPairs,

@@ -10,13 +10,14 @@ namespace {
 struct Avx512 {
   using F = __m512;
   static constexpr int kLanes = 16, kLevels = 4, kMaxWidth = 16, kSums = 16;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kExpandsInRegisters = true;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float v) { return _mm512_set1_ps(v); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 
   template <DType D>
@@ -114,8 +115,9 @@ struct Avx512 {
     }
   }
 
+  // 64 columns, as four vectors.
   template <DType D>
-  static uint64_t expand_64(const uint8_t* values, const uint8_t* meta, float* out) {
+  static uint64_t expand_64(const uint8_t* values, const uint8_t* meta, F* out) {
     const uint64_t kept = kept_bits(meta);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -131,7 +133,7 @@ struct Avx512 {
         }
       }
       const auto mask = static_cast<__mmask16>(kept >> 16 * i);
-      store(out + 16 * i, _mm512_maskz_expand_ps(mask, _mm512_castps256_ps512(eight)));
+      out[i] = _mm512_maskz_expand_ps(mask, _mm512_castps256_ps512(eight));
     }
     return kept;
   }
@@ -142,11 +144,14 @@ struct Avx512 {
     constexpr int kSize = D == DType::f32 ? 4 : 2;
     values += k / 2 * kSize, meta += k / 8;
     for (; count >= 64; count -= 64, values += 32 * kSize, meta += 8, out += 64) {
-      *kept++ = expand_64<D>(values, meta, out);
+      F words[4];
+      *kept++ = expand_64<D>(values, meta, words);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(out + 16 * i, words[i]);
     }
     if (count == 0) return;
     uint8_t some_values[32 * kSize] = {}, some_meta[8] = {};
-    float some[64];
+    F some[4];
     std::memcpy(some_values, values, count / 2 * kSize);
     std::memcpy(some_meta, meta, ceil_div(count, 8));
     *kept = expand_64<D>(some_values, some_meta, some) & ((uint64_t{1} << count) - 1);

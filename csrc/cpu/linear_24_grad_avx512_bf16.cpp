@@ -95,7 +95,7 @@ const Gradient24Kernels linear_24_grad_avx512_bf16 = {
     DvaluesRows<Avx512Bf16>::run,
     DvaluesPanels<Avx512Bf16>::run,
     16,
-    32,
+    16,
     Avx512Bf16::kLanes,
     Avx512Bf16::kLanes * Avx512Bf16::kMaxWidth,
     Avx512Bf16::kPairs,

@@ -14,7 +14,7 @@ namespace {
 struct Portable {
   typedef float F __attribute__((vector_size(16)));
   static constexpr int kLanes = 4, kLevels = 2, kMaxWidth = 8, kSums = 10;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kExpandsInRegisters = false;
 
   static F zero() { return F{}; }
   static F set1(float v) { return F{v, v, v, v}; }
@@ -25,6 +25,7 @@ struct Portable {
   }
   static void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
   static F add(F a, F b) { return a + b; }
+  static F mul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
 
   template <DType D>
