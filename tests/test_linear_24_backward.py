@@ -45,8 +45,8 @@ def wanted(dy, x, dense, kept):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_are_exact_at_every_edge(isa, dtype, M):
     draw = Draw(dtype, exact=True)
-    for N in NS:
-        for K in KS:
+    for i, N in enumerate(NS):
+        for K in KS[(i + M) % 2 :: 2]:
             dy, x, (values, meta, dense, kept) = draw(M, N), draw(M, K), draw.weight(N, K)
             dx, dvalues = wanted(dy, x, dense, kept)
             got = cpu.linear_24_dx(dy, values, meta)
@@ -64,15 +64,21 @@ def errors(got, torchs, want):
 # Long sums in one block and in many; narrow panels and wide ones, several passes over M.
 @pytest.mark.parametrize(
     ("M", "N", "K"),
-    [(1, 4100, 132), (7, 4100, 132), (16, 2050, 68), (40, 2050, 132), (130, 1030, 68)]
-    + [(300, 515, 132), (1100, 131, 260), (4100, 18, 36)],
+    [
+        (1, 4100, 132),
+        (7, 4100, 132),
+        (16, 2050, 68),
+        (40, 2050, 132),
+        (300, 515, 68),
+        (1100, 131, 260),
+        (4100, 18, 36),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_sums_err_at_most_twice_as_much_as_torch(isa, dtype, M, N, K):
     draw = Draw(dtype, exact=False)
     dy, x, (values, meta, dense, kept) = draw(M, N), draw(M, K), draw.weight(N, K)
     dx, dvalues = wanted(dy, x, dense, kept)
-    # torch's own error in blocks of sums as short as a large product's: its one-row kernels vary.
     ours, torchs, rounding = errors(cpu.linear_24_dx(dy, values, meta), dy @ dense, dx)
     assert ours <= 2 * max(torchs, rounding)
     torchs = (dy.mT @ x)[kept].reshape(dvalues.shape)
@@ -81,16 +87,16 @@ def test_long_sums_err_at_most_twice_as_much_as_torch(isa, dtype, M, N, K):
 
 
 LAYOUTS = {
-    "transposed": lambda d, M, I: d(I, M).T,
-    "sliced rows": lambda d, M, I: d(2 * M + 1, I)[1::2],
-    "sliced columns": lambda d, M, I: d(M, I + 5)[:, 3 : I + 3],
-    "every other column": lambda d, M, I: d(M, 2 * I)[:, ::2],
-    "expanded row": lambda d, M, I: d(1, I).expand(M, I),
-    "expanded column": lambda d, M, I: d(M, 1).expand(M, I),
-    "one number": lambda d, M, I: d(1, 1).expand(M, I),
-    "offset storage": lambda d, M, I: d(M * I + 1)[1:].view(M, I),
-    "3-D": lambda d, M, I: d(1, M, I),
-    "permuted 3-D": lambda d, M, I: d(M, 1, I).transpose(0, 1),
+    "transposed": lambda d, M, n: d(n, M).T,
+    "sliced rows": lambda d, M, n: d(2 * M + 1, n)[1::2],
+    "sliced columns": lambda d, M, n: d(M, n + 5)[:, 3 : n + 3],
+    "every other column": lambda d, M, n: d(M, 2 * n)[:, ::2],
+    "expanded row": lambda d, M, n: d(1, n).expand(M, n),
+    "expanded column": lambda d, M, n: d(M, 1).expand(M, n),
+    "one number": lambda d, M, n: d(1, 1).expand(M, n),
+    "offset storage": lambda d, M, n: d(M * n + 1)[1:].view(M, n),
+    "3-D": lambda d, M, n: d(1, M, n),
+    "permuted 3-D": lambda d, M, n: d(M, 1, n).transpose(0, 1),
 }
 
 
