@@ -49,11 +49,44 @@ PYBIND11_MODULE(_cpu, m) {
       Unlocked());
 
   m.def(
+      "linear_24_dx",
+      [](Address dy, int64_t dy_stride_m, int64_t dy_stride_n, Address values, Address meta,
+         Address dx, int64_t M, int64_t N, int64_t K, int dtype, int threads) {
+        cpu::linear_24_dx({{at<const void>(dy), dy_stride_m, dy_stride_n},
+                           at<const void>(values),
+                           at<const uint8_t>(meta),
+                           at<void>(dx),
+                           M,
+                           N,
+                           K,
+                           DType(dtype)},
+                          threads);
+      },
+      Unlocked());
+
+  m.def(
       "unprepack_24",
       [](Address packed, Address values, Address meta, int64_t N, int64_t K, int dtype,
          int threads) {
         cpu::unprepack_24(at<const uint8_t>(packed), at<void>(values), at<uint8_t>(meta), N, K,
                           DType(dtype), threads);
+      },
+      Unlocked());
+
+  m.def(
+      "linear_24_dvalues",
+      [](Address dy, int64_t dy_stride_m, int64_t dy_stride_n, Address x, int64_t x_stride_m,
+         int64_t x_stride_k, Address meta, Address dvalues, int64_t M, int64_t N, int64_t K,
+         int dtype, int threads) {
+        cpu::linear_24_dvalues({{at<const void>(dy), dy_stride_m, dy_stride_n},
+                                {at<const void>(x), x_stride_m, x_stride_k},
+                                at<const uint8_t>(meta),
+                                at<void>(dvalues),
+                                M,
+                                N,
+                                K,
+                                DType(dtype)},
+                               threads);
       },
       Unlocked());
 

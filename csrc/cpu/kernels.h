@@ -39,6 +39,40 @@ struct XTile {
   int rows, height;
 };
 
+// A factor of the gradients, strided in elements: element (m, i) is data[m * stride_m + i *
+// stride_i].
+struct Strided {
+  const void* data;
+  int64_t stride_m, stride_i;
+};
+
+// dx[M, K] = dy[M, N] · weight[N, K]; all but dy is contiguous.
+struct Linear24Dx {
+  Strided dy;
+  const void* values;   // [N, K/2]
+  const uint8_t* meta;  // [N, ceil(K/8)]
+  void* dx;             // [M, K]
+  int64_t M, N, K;
+  DType dtype;
+};
+
+// dvalues[N, K/2] = (dy[M, N]^T · x[M, K]) at the positions that meta keeps.
+struct Linear24Dvalues {
+  Strided dy, x;
+  const uint8_t* meta;  // [N, ceil(K/8)]
+  void* dvalues;        // [N, K/2]
+  int64_t M, N, K;
+  DType dtype;
+};
+
+// Some rows of a factor, transposed: panel[k][lane] is x[m0 + lane][k]; lanes past `rows` hold 0.
+struct Panel {
+  const float* data;
+  int64_t m0;
+  int rows;   // 1..lanes
+  int lanes;  // a panel width of the tier
+};
+
 // Rows of x as the PANELS kernel reads them, fp32, transposed: data[k][lane] is x[m0 + lane][k].
 struct XPanel {
   float* data;
@@ -73,6 +107,32 @@ struct Linear24Kernels {
   int64_t max_rows, max_tiles, max_tiles_packed;
 };
 
+// The gradients work on words of 32 bits: an fp32 each, or, where the CPU multiplies pairs of bf16,
+// two bf16 that are neighbours along the summed dimension. linear_24_grad.h says how each is laid
+// out.
+struct Gradient24Kernels {
+  // Words of s[M, I] for rows of words [r0, r0 + rows) and columns of words [j0, j1):
+  // out[(r - r0) * row_stride + (j - j0) * column_stride]. `along_m`: a pair is two rows, not two columns.
+  void (*pack)(const Strided& s, DType dtype, bool along_m, int64_t M, int64_t I, int64_t r0,
+               int rows, int64_t j0, int64_t j1, float* out, int64_t row_stride,
+               int64_t column_stride);
+  // Columns [k0, k1) of dx; k0 is a multiple of 64. dy is [M][stride] words.
+  void (*dx_rows)(const Linear24Dx&, const float* dy, int64_t stride, int64_t k0, int64_t k1,
+                  float* scratch);
+  void (*dx_panels)(const Linear24Dx&, const Panel* dy, int count, int64_t k0, int64_t k1,
+                    float* scratch);
+  // Columns [k0, k1) of dvalues for rows [n0, n1). x is [words][stride], from column k0 on and with
+  // room to a multiple of 64; dy is [N][words].
+  void (*dvalues_rows)(const Linear24Dvalues&, const float* x, int64_t stride, const float* dy,
+                       int64_t words, int64_t k0, int64_t k1, int64_t n0, int64_t n1);
+  // Panels of x start at column k0, those of dy at row n0.
+  void (*dvalues_panels)(const Linear24Dvalues&, const Panel* x, const Panel* dy, int count,
+                         int64_t k0, int64_t k1, int64_t n0, int64_t n1, float* scratch);
+  int dx_max_rows, dvalues_max_rows;  // M up to which the first of each two is the faster
+  int lanes, max_lanes;               // of the narrowest and the widest panel
+  bool pairs;                         // bf16 as pairs
+};
+
 // One tile of at most 4096 elements of `size` bytes.
 struct ZvcKernels {
   int64_t (*mask)(const void* x, int64_t n, int size, uint8_t* mask);  // returns the non-zeros
@@ -99,12 +159,15 @@ using Linear24Table = Linear24Kernels[3];  // by dtype: fp32, fp16, bf16
 extern const Format24Kernels format_24_portable;
 extern const Tiles24Kernel tiles_24_portable;
 extern const Linear24Table linear_24_portable;
+extern const Gradient24Kernels linear_24_grad_portable;
 extern const ZvcKernels zvc_portable;
 #if defined(__x86_64__)
 extern const Format24Kernels format_24_avx2, format_24_avx512;
 extern const Tiles24Kernel tiles_24_avx2, tiles_24_avx512;
 extern const Linear24Table linear_24_avx2, linear_24_avx512;
 extern const Linear24Kernels linear_24_avx512_bf16;
+extern const Gradient24Kernels linear_24_grad_avx2, linear_24_grad_avx512,
+    linear_24_grad_avx512_bf16;
 extern const ZvcKernels zvc_avx2, zvc_avx512;
 #endif
 
@@ -112,6 +175,7 @@ struct Tier {
   const char* isa;
   bool (*supported)();
   const Linear24Kernels* linear_24[3];  // by dtype
+  const Gradient24Kernels& linear_24_grad;
   const ZvcKernels& zvc;
   const Format24Kernels& format_24;
   const Tiles24Kernel& tiles_24;
@@ -121,6 +185,8 @@ const Tier& tier();  // the one in use
 // ---- whole tensors; called by the bindings with the GIL released ----
 
 void linear_24(const Linear24& args, int threads);
+void linear_24_dx(const Linear24Dx& args, int threads);
+void linear_24_dvalues(const Linear24Dvalues& args, int threads);
 
 // values and meta to packed and back; the layout depends on the dtype alone, not on the tier.
 void prepack_24(const void* values, const uint8_t* meta, uint8_t* packed, int64_t N, int64_t K,

@@ -218,11 +218,42 @@ def _linear_24(
 
 
 def linear_24_dx(dy: Tensor, values: Tensor, meta: Tensor) -> Tensor:
-    return dy @ unpack_24(values, meta)
+    values, meta = values.contiguous(), meta.contiguous()
+    N, K = values.shape[0], 2 * values.shape[1]
+    rows, dx = rows_of(dy), dy.new_empty(*dy.shape[:-1], K)
+    _cpu.linear_24_dx(
+        rows.data_ptr(),
+        *rows.stride(),
+        values.data_ptr(),
+        meta.data_ptr(),
+        dx.data_ptr(),
+        rows.shape[0],
+        N,
+        K,
+        _DTYPE[dy.dtype],
+        _threads(),
+    )
+    return dx
 
 
 def linear_24_dvalues(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
-    return gather_24(rows_of(dy).mT @ rows_of(x), meta)
+    dy, x, meta = rows_of(dy), rows_of(x), meta.contiguous()
+    (M, N), K = dy.shape, x.shape[1]
+    dvalues = x.new_empty(N, K // 2)
+    _cpu.linear_24_dvalues(
+        dy.data_ptr(),
+        *dy.stride(),
+        x.data_ptr(),
+        *x.stride(),
+        meta.data_ptr(),
+        dvalues.data_ptr(),
+        M,
+        N,
+        K,
+        _DTYPE[x.dtype],
+        _threads(),
+    )
+    return dvalues
 
 
 # ---- zero-value compression ----
