@@ -29,7 +29,8 @@ class Buffer {
  public:
   Buffer(const char* name, size_t size, Flush flush, size_t align = 1) : name_(name), size_(size) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    inner_ = std::max<size_t>(1, (size + page - 1) / page) * page;
+    const size_t least = flush == Flush::start ? size + kLeastMargin : std::max<size_t>(size, 1);
+    inner_ = (least + page - 1) / page * page;
     mapped_ = inner_ + 2 * page;
     void* at = mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED) {
@@ -59,6 +60,7 @@ class Buffer {
 
  private:
   static constexpr uint8_t kMargin = 0xA5;
+  static constexpr size_t kLeastMargin = 64;  // after a buffer flush at its start
   const char* name_;
   size_t size_, inner_ = 0, mapped_ = 0;
   uint8_t *base_ = nullptr, *first_ = nullptr, *data_ = nullptr;
@@ -84,6 +86,9 @@ inline bool scratch_is_intact() {
   return std::all_of(live.begin(), live.end(), [](const auto& b) { return b.margin_is_intact(); });
 }
 
+#if defined(__x86_64__)
+__attribute__((force_align_arg_pointer))  // qemu 7.2 enters handlers on a misaligned stack
+#endif
 inline void report_fault(int signal, siginfo_t* info, void*) {
   char line[512];
   const auto* at = static_cast<const uint8_t*>(info->si_addr);
