@@ -204,8 +204,9 @@ Random draw;
 struct Matrix {
   int64_t rows, K;
 };
-constexpr Matrix kMatrices[] = {{0, 8},  {3, 0},   {1, 4},    {1, 12},   {4, 8},    {5, 36},
-                                {3, 60}, {8, 100}, {7, 1028}, {64, 516}, {300, 260}};
+constexpr Matrix kMatrices[] = {{0, 8},    {3, 0},    {1, 4},    {1, 12},  {4, 8},
+                                {5, 36},   {8, 64},   {3, 60},   {8, 100}, {5, 192},
+                                {7, 1028}, {64, 516}, {300, 260}};
 
 void formats() {
   for (const Matrix& matrix : kMatrices) {
@@ -375,30 +376,35 @@ void products() {
 constexpr int64_t kLengths[] = {0,  1,  7,   8,    9,    15,   16,   31,   32,    33,   63,
                                 64, 65, 100, 1000, 4095, 4096, 4097, 8191, 12295, 70001};
 
-const int64_t* offsets_at(const uint8_t* p) { return reinterpret_cast<const int64_t*>(p); }
+// Both ways as one call each; the pointers in the order of the parts below.
+int64_t compress(const Pointers& p, int64_t n, int bytes, int64_t room, int threads) {
+  auto* offsets = reinterpret_cast<int64_t*>(p[3]);
+  const int64_t count = cpu::zvc_index(p[0], n, bytes, p[1], offsets, threads);
+  cpu::zvc_compress(p[0], n, bytes, p[1], offsets, p[2], room, threads);
+  return count;
+}
+std::string expand(const Pointers& p, int64_t count, int64_t n, int bytes, int threads) {
+  const auto* offsets = reinterpret_cast<const int64_t*>(p[2]);
+  std::string wrong = cpu::zvc_check(p[0], offsets, n, count, threads);
+  if (wrong.empty()) cpu::zvc_expand(p[0], p[1], count, offsets, n, bytes, p[3], threads);
+  return wrong;
+}
 
 void zvc(int64_t n, int bytes, int zeros_in_ten) {
   const Bytes x = draw.any(n, bytes, zeros_in_ten);
   const naive::Stream s = naive::compress(x, n, bytes);
   const int64_t count = static_cast<int64_t>(s.values.size()) / bytes;
-  const Bytes offsets = bytes_of(s.offsets);
   const std::string what = " n=" + std::to_string(n) + " of " + std::to_string(bytes) +
                            " bytes, zeros " + std::to_string(zeros_in_ten) + " in 10";
-  run("zvc_index" + what, {{"x", x}, output("mask", s.mask), output("offsets", offsets)},
-      [&](const Pointers& p, int threads) -> std::string {
-        const auto got =
-            cpu::zvc_index(p[0], n, bytes, p[1], reinterpret_cast<int64_t*>(p[2]), threads);
-        return got == count ? "" : "it counts " + std::to_string(got);
-      });
   for (const int64_t room : {count, count / 2, int64_t{0}}) {
-    run("zvc_compress" + what + " room " + std::to_string(room),
+    run("zvc compress" + what + " room " + std::to_string(room),
         {{"x", x},
-         {"mask", s.mask},
-         {"offsets", offsets},
-         output("values", Bytes(s.values.begin(), s.values.begin() + room * bytes))},
-        [&](const Pointers& p, int threads) {
-          cpu::zvc_compress(p[0], n, bytes, p[1], offsets_at(p[2]), p[3], room, threads);
-          return std::string();
+         output("mask", s.mask),
+         output("values", Bytes(s.values.begin(), s.values.begin() + room * bytes)),
+         output("offsets", bytes_of(s.offsets))},
+        [&](const Pointers& p, int threads) -> std::string {
+          const int64_t found = compress(p, n, bytes, room, threads);
+          return found == count ? "" : "it counts " + std::to_string(found);
         });
   }
   // Tiles as they are, and last tile first: any order is legal.
@@ -409,27 +415,32 @@ void zvc(int64_t n, int bytes, int zeros_in_ten) {
     reversed.insert(reversed.begin(), static_cast<int64_t>(values.size()) / bytes);
     values.insert(values.end(), s.values.begin() + begin * bytes, s.values.begin() + end * bytes);
   }
-  for (const auto& [starts, packed] :
-       {std::pair{offsets, s.values}, {bytes_of(reversed), values}}) {
-    run("zvc_check, zvc_expand" + what,
-        {{"mask", s.mask}, {"values", packed}, {"offsets", starts}, output("x", x)},
-        [&](const Pointers& p, int threads) {
-          std::string wrong = cpu::zvc_check(p[0], offsets_at(p[2]), n, count, threads);
-          if (!wrong.empty()) return wrong;
-          cpu::zvc_expand(p[0], p[1], count, offsets_at(p[2]), n, bytes, p[3], threads);
-          return wrong;
-        });
+  for (const auto& stream : {std::pair{s.offsets, s.values}, {reversed, values}}) {
+    run("zvc expand" + what,
+        {{"mask", s.mask},
+         {"values", stream.second},
+         {"offsets", bytes_of(stream.first)},
+         output("x", x)},
+        [&](const Pointers& p, int threads) { return expand(p, count, n, bytes, threads); });
   }
   if (count == 0) return;
-  // Lies: the check reads no more than mask and offsets, and finds them out.
-  std::vector<int64_t> far = s.offsets, before = s.offsets;
+  // Lies are found out, and nothing outside is read before.
+  std::vector<int64_t> far = s.offsets, before = s.offsets, anywhere = s.offsets;
   far.back() = int64_t{1} << 62;
   before.front() = -1;
-  for (const auto& lie : {far, before}) {
-    run("zvc_check of a lie" + what, {{"mask", s.mask}, {"offsets", bytes_of(lie)}},
+  for (int64_t& offset : anywhere) offset = static_cast<int64_t>(draw.bits());
+  for (const auto& lie : {std::pair{far, s.mask},
+                          {before, s.mask},
+                          {anywhere, s.mask},
+                          {s.offsets, Bytes(s.mask.size(), 0xff)}}) {
+    if (lie.first == s.offsets && lie.second == s.mask) continue;  // every bit was set: the truth
+    run("zvc expand of a lie" + what,
+        {{"mask", lie.second},
+         {"values", s.values},
+         {"offsets", bytes_of(lie.first)},
+         scribble("x", x.size())},
         [&](const Pointers& p, int threads) -> std::string {
-          const auto found = cpu::zvc_check(p[0], offsets_at(p[1]), n, count, threads);
-          return found.empty() ? "the lie is believed" : "";
+          return expand(p, count, n, bytes, threads).empty() ? "the lie is believed" : "";
         });
   }
 }
