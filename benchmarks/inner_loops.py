@@ -5,8 +5,8 @@
     python benchmarks/inner_loops.py --object some.so                     another build that has its symbols
 
 A loop is a jump backwards within a function; an innermost one holds no other. Of each function the loops with the
-most vector work are printed: which of them is hot is for the reader to see. An instruction with a memory operand counts as
-load or store besides its own kind, so the columns may add up to more than the instructions there are.
+most vector work are printed: which of them is hot is for the reader to see. An instruction with a memory operand
+counts as load or store besides its own kind, so the columns may add up to more than the instructions there are.
 
 How often each is executed, without a clock, valgrind counts. It knows no AVX-512 and shows the program a CPU without
 it: that is for the avx2 and portable tiers alone. `make portability` builds the program, which then takes two minutes:
