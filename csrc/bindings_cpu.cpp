@@ -30,12 +30,30 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "linear_24",
       [](Address x, int64_t x_stride_m, int64_t x_stride_k, Address values, Address meta,
-         Address bias, Address y, int64_t M, int64_t N, int64_t K, int dtype, int activation,
-         int threads) {
+         Address packed, Address bias, Address y, int64_t M, int64_t N, int64_t K, int dtype,
+         int activation, int threads) {
         cpu::linear_24({at<const void>(x), x_stride_m, x_stride_k, at<const void>(values),
-                        at<const uint8_t>(meta), at<const void>(bias), at<void>(y), M, N, K,
-                        DType(dtype), Activation(activation)},
+                        at<const uint8_t>(meta), at<const uint8_t>(packed), at<const void>(bias),
+                        at<void>(y), M, N, K, DType(dtype), Activation(activation)},
                        threads);
+      },
+      Unlocked());
+
+  m.def(
+      "prepack_24",
+      [](Address values, Address meta, Address packed, int64_t N, int64_t K, int dtype,
+         int threads) {
+        cpu::prepack_24(at<const void>(values), at<const uint8_t>(meta), at<uint8_t>(packed), N, K,
+                        DType(dtype), threads);
+      },
+      Unlocked());
+
+  m.def(
+      "unprepack_24",
+      [](Address packed, Address values, Address meta, int64_t N, int64_t K, int dtype,
+         int threads) {
+        cpu::unprepack_24(at<const uint8_t>(packed), at<void>(values), at<uint8_t>(meta), N, K,
+                          DType(dtype), threads);
       },
       Unlocked());
 

@@ -33,17 +33,30 @@ bool cpu_has_avx2() {
 bool cpu_has_avx512() {
   return cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vbmi2");
 }
+
+bool cpu_has_avx512_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Best first. A new tier is its kernels, their declarations in kernels.h and its line here.
 constexpr Tier kTiers[] = {
 #if defined(__x86_64__)
-    {"avx512", cpu_has_avx512, linear_24_avx512, zvc_avx512},
-    {"avx2", cpu_has_avx2, linear_24_avx2, zvc_avx2},
+    {"avx512_bf16",
+     cpu_has_avx512_bf16,
+     {&linear_24_avx512[0], &linear_24_avx512[1], &linear_24_avx512_bf16},
+     zvc_avx512},
+    {"avx512",
+     cpu_has_avx512,
+     {&linear_24_avx512[0], &linear_24_avx512[1], &linear_24_avx512[2]},
+     zvc_avx512},
+    {"avx2", cpu_has_avx2, {&linear_24_avx2[0], &linear_24_avx2[1], &linear_24_avx2[2]}, zvc_avx2},
 #endif
-    {"portable", [] { return true; }, linear_24_portable, zvc_portable},
+    {"portable",
+     [] { return true; },
+     {&linear_24_portable[0], &linear_24_portable[1], &linear_24_portable[2]},
+     zvc_portable},
 };
 
 const Tier* best() {

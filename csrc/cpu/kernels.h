@@ -18,38 +18,59 @@
 namespace sparsekern::cpu {
 
 // y[M, N] = activation(x[M, K] · weight[N, K]^T + bias[N]); x is strided in elements, the rest is
-// contiguous.
+// contiguous. The weight is either values and meta, or packed.
 struct Linear24 {
   const void* x;
   int64_t x_stride_m, x_stride_k;
-  const void* values;   // [N, K/2]
-  const uint8_t* meta;  // [N, ceil(K/8)]
-  const void* bias;     // [N] or null
-  void* y;              // [M, N]
+  const void* values;     // [N, K/2]
+  const uint8_t* meta;    // [N, ceil(K/8)]
+  const uint8_t* packed;  // prepack_24.h, or null
+  const void* bias;       // [N] or null
+  void* y;                // [M, N]
   int64_t M, N, K;
   DType dtype;
   Activation activation;
 };
 
-// Some rows of x as fp32, transposed: panel[k][lane] is x[m0 + lane][k]; lanes past `rows` hold 0.
-struct Panel {
-  const float* data;
+// Rows of x as the TILES kernel reads them; rows past `rows`, and k past K, hold zeros.
+struct XTile {
+  void* data;
   int64_t m0;
-  int rows;   // 1..lanes
-  int lanes;  // a panel width of the tier
+  int rows, height;
 };
-constexpr int kPassRows =
-    512;  // rows of x per pass over the weight; bounds the scratch to 512 * K fp32
 
-// The kernels of one instruction set. Each works serially on the range it is given, touches nothing
-// else and allocates nothing.
+// Rows of x as the PANELS kernel reads them, fp32, transposed: data[k][lane] is x[m0 + lane][k].
+struct XPanel {
+  float* data;
+  int64_t m0;
+  int rows, width;  // width in vectors
+  int depth;        // k to multiply at a time
+};
+constexpr int kMaxPanelWidth = 12;
+
+class Scratch;
+
+// The kernels of one instruction set and dtype. Each works serially on the range it is given and
+// touches nothing else; only `scratch` grows. In the order of the number of rows of x they are for.
 struct Linear24Kernels {
-  // Few rows of x: xf[M, K] is x as contiguous fp32. Computes columns [n0, n1) of y.
-  void (*rows)(const Linear24&, const float* xf, int64_t n0, int64_t n1);
-  // Many rows: columns [n0, n1) of y for the rows of x in `panels`.
-  void (*panels)(const Linear24&, const Panel* panels, int count, int64_t n0, int64_t n1);
-  int max_rows;              // M up to which `rows` is the faster of the two
-  int max_lanes, min_lanes;  // widest and narrowest panel; widths in between double
+  int x_bytes;  // of an element of x in rows and tiles: 4, or 2 where bf16 is multiplied as it is
+
+  void (*pack_row)(const Linear24&, int64_t m, void* x);  // row m of x[M][K]
+  void (*rows)(const Linear24&, const void* x, int64_t n0, int64_t n1);
+
+  int tile_rows, tile_span;  // the most rows of a tile; k is padded to a multiple of the span
+  void (*pack_tile)(const Linear24&, const XTile&);
+  void (*tiles)(const Linear24&, const XTile*, int count, int64_t n0, int64_t n1, Scratch&);
+
+  int panel_lanes;  // of a vector
+  void (*pack_panel)(const Linear24&, const XPanel&, int64_t k0, int64_t k1);
+  void (*panels)(const Linear24&, const XPanel*, int count, int64_t n0, int64_t n1, Scratch&);
+
+  // The weight's block of rows n .. n+15 (fewer at the end) from values and meta into `packed`.
+  void (*prepack)(const Linear24&, int64_t n, uint8_t* packed, Scratch&);
+
+  // The choice by M, measured: rows up to the first (packed weights never), then tiles, then panels.
+  int64_t max_rows, max_tiles, max_tiles_packed;
 };
 
 // One tile of at most 4096 elements of `size` bytes.
@@ -61,17 +82,20 @@ struct ZvcKernels {
                  void* x);  // readable to +64 B
 };
 
-extern const Linear24Kernels linear_24_portable;
+using Linear24Table = Linear24Kernels[3];  // by dtype: fp32, fp16, bf16
+
+extern const Linear24Table linear_24_portable;
 extern const ZvcKernels zvc_portable;
 #if defined(__x86_64__)
-extern const Linear24Kernels linear_24_avx2, linear_24_avx512;
+extern const Linear24Table linear_24_avx2, linear_24_avx512;
+extern const Linear24Kernels linear_24_avx512_bf16;
 extern const ZvcKernels zvc_avx2, zvc_avx512;
 #endif
 
 struct Tier {
   const char* isa;
   bool (*supported)();
-  const Linear24Kernels& linear_24;
+  const Linear24Kernels* linear_24[3];  // by dtype
   const ZvcKernels& zvc;
 };
 const Tier& tier();  // the one in use
@@ -79,6 +103,12 @@ const Tier& tier();  // the one in use
 // ---- whole tensors; called by the bindings with the GIL released ----
 
 void linear_24(const Linear24& args, int threads);
+
+// values and meta to packed and back; the layout depends on the dtype alone, not on the tier.
+void prepack_24(const void* values, const uint8_t* meta, uint8_t* packed, int64_t N, int64_t K,
+                DType dtype, int threads);
+void unprepack_24(const uint8_t* packed, void* values, uint8_t* meta, int64_t N, int64_t K,
+                  DType dtype, int threads);
 
 // weight, out, dense: [rows, K]; values: [rows, K/2]; meta: [rows, ceil(K/8)]; all contiguous, K %
 // 4 == 0.

@@ -1,9 +1,11 @@
 // linear_24 on whole tensors: which kernel of the tier, how many threads, and the scratch they share.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
-#include "convert.h"
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 #include "scratch.h"
 #include "threads.h"
@@ -11,97 +13,148 @@
 namespace sparsekern::cpu {
 namespace {
 
-thread_local Scratch scratch;
+// Of the caller: x as the kernels read it. Of every thread: what a kernel works on.
+thread_local Scratch x_scratch, work_scratch;
 
-constexpr int64_t kRowsGrain = 1 << 16;  // multiply-adds a thread is worth waking for
-constexpr int64_t kPackGrain = 1 << 14;  // elements, likewise
+constexpr int64_t kGrain = 1 << 16;      // multiply-adds a thread is worth waking for
+constexpr int64_t kPackGrain = 1 << 15;  // elements, likewise
+constexpr int64_t kPassRows = 512;       // rows of x at a time; bounds the scratch to 512 * K fp32
 
+int64_t l1_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  if (bytes >= 16 << 10) return bytes;
+#endif
+  return 32 << 10;
+}
+
+// `step` rows of weight at a time, as many as make waking a thread worth it.
 template <class F>
-void with_float_type(DType dtype, F f) {
-  if (dtype == DType::f32)
-    return f([](const void* p, int64_t i) { return static_cast<const float*>(p)[i]; });
-  if (dtype == DType::bf16) {
-    return f(
-        [](const void* p, int64_t i) { return bf16_to_float(static_cast<const uint16_t*>(p)[i]); });
-  }
-  f([](const void* p, int64_t i) { return f16_to_float(static_cast<const uint16_t*>(p)[i]); });
+void over_weight(const Linear24& a, int64_t rows, int64_t step, int threads, F f) {
+  const int64_t work = std::max<int64_t>(1, rows * a.K / 2);
+  parallel_for(a.N, kGrain / work + 1, step, threads, f);
 }
 
-void linear_24_few_rows(const Linear24& a, const Linear24Kernels& kernels, int threads) {
-  float* xf = scratch.get(static_cast<size_t>(a.M * a.K));
-  with_float_type(a.dtype, [&](auto load) {
-    for (int64_t m = 0; m < a.M; ++m) {
-      for (int64_t k = 0; k < a.K; ++k)
-        xf[m * a.K + k] = load(a.x, m * a.x_stride_m + k * a.x_stride_k);
-    }
-  });
-  const int64_t work = std::max<int64_t>(1, a.M * a.K / 2);
-  parallel_for(a.N, kRowsGrain / work + 1, 1, threads,
-               [&](int64_t n0, int64_t n1) { kernels.rows(a, xf, n0, n1); });
+void by_rows(const Linear24& a, const Linear24Kernels& kernels, int threads) {
+  auto* x = x_scratch.get<uint8_t>(a.M * a.K * kernels.x_bytes);
+  for (int64_t m = 0; m < a.M; ++m) kernels.pack_row(a, m, x);
+  over_weight(a, a.M, 1, threads, [&](int64_t n0, int64_t n1) { kernels.rows(a, x, n0, n1); });
 }
 
-void linear_24_many_rows(const Linear24& a, const Linear24Kernels& kernels, int threads) {
-  const int narrow = kernels.min_lanes;
-  const int64_t pass = std::min<int64_t>(kPassRows, ceil_div(a.M, narrow) * narrow);
-  float* data = scratch.get(static_cast<size_t>(pass * std::max<int64_t>(a.K, 1)));
-  std::vector<Panel> panels;
+void by_tiles(const Linear24& a, const Linear24Kernels& kernels, int threads) {
+  // Equal tiles, so that no rows of zeros are multiplied but those of the last one.
+  const int64_t rows = std::min(a.M, kPassRows);
+  const int64_t height = ceil_div(rows, ceil_div(rows, kernels.tile_rows));
+  const int64_t depth = ceil_div(a.K, kernels.tile_span) * kernels.tile_span;
+  const int64_t tile_bytes = ceil_div(height * depth * kernels.x_bytes, 64) * 64;
+  auto* x = x_scratch.get<uint8_t>(ceil_div(rows, height) * tile_bytes);
+  std::vector<XTile> tiles;
   for (int64_t m = 0; m < a.M; m += kPassRows) {
-    const int64_t rows = std::min<int64_t>(kPassRows, a.M - m);
-    panels.clear();
-    for (int64_t done = 0; done < rows;) {
-      int lanes = kernels.max_lanes;
-      while (lanes > narrow && lanes > rows - done) lanes /= 2;
-      const int used = static_cast<int>(std::min<int64_t>(lanes, rows - done));
-      panels.push_back({data + done * a.K, m + done, used, lanes});
-      done += used;
+    const int64_t end = std::min(a.M, m + kPassRows);
+    tiles.clear();
+    for (int64_t at = m; at < end; at += height) {
+      tiles.push_back({x + static_cast<int64_t>(tiles.size()) * tile_bytes, at,
+                       static_cast<int>(std::min(height, end - at)), static_cast<int>(height)});
     }
-    // Transpose x into the panels; threads take ranges of k, in steps of one cache line of x.
-    parallel_for(a.K, kPackGrain / rows + 1, 16, threads, [&](int64_t k0, int64_t k1) {
-      with_float_type(a.dtype, [&](auto load) {
-        for (const Panel& p : panels) {
-          float* out = const_cast<float*>(p.data);
-          for (int64_t k = k0; k < k1; k += 16) {
-            const int64_t end = std::min<int64_t>(k1, k + 16);
-            for (int lane = 0; lane < p.rows; ++lane) {
-              const int64_t row = (p.m0 + lane) * a.x_stride_m;
-              for (int64_t i = k; i < end; ++i)
-                out[i * p.lanes + lane] = load(a.x, row + i * a.x_stride_k);
-            }
-            for (int64_t i = k; i < end; ++i) {
-              std::fill(out + i * p.lanes + p.rows, out + (i + 1) * p.lanes, 0.0f);
-            }
-          }
-        }
-      });
-    });
-    const int64_t work = std::max<int64_t>(1, rows * a.K / 2);
-    parallel_for(a.N, kRowsGrain / work + 1, 16, threads, [&](int64_t n0, int64_t n1) {
-      kernels.panels(a, panels.data(), static_cast<int>(panels.size()), n0, n1);
+    const auto count = static_cast<int64_t>(tiles.size());
+    parallel_for(count, kPackGrain / (height * depth + 1) + 1, 1, threads,
+                 [&](int64_t begin, int64_t stop) {
+                   for (int64_t t = begin; t < stop; ++t) kernels.pack_tile(a, tiles[t]);
+                 });
+    over_weight(a, end - m, 16, threads, [&](int64_t n0, int64_t n1) {
+      kernels.tiles(a, tiles.data(), static_cast<int>(count), n0, n1, work_scratch);
     });
   }
+}
+
+void by_panels(const Linear24& a, const Linear24Kernels& kernels, int threads) {
+  const int64_t lanes = kernels.panel_lanes, row_bytes = lanes * 4;
+  const int64_t room = l1_bytes() * 3 / 4;  // for a panel's chunk; the rest is for the weights
+  const int64_t widest = std::min<int64_t>(kMaxPanelWidth, room / (48 * row_bytes));
+  const int64_t passed = std::min(ceil_div(a.M, lanes) * lanes, kPassRows);
+  float* data = x_scratch.get<float>(passed * std::max<int64_t>(a.K, 1));
+  std::vector<XPanel> panels;
+  for (int64_t m = 0; m < a.M; m += kPassRows) {
+    const int64_t end = std::min(a.M, m + kPassRows);
+    const int64_t vectors = ceil_div(end - m, lanes), count = ceil_div(vectors, widest);
+    panels.clear();
+    int64_t at = 0;  // in vectors
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t width = (vectors - at) / (count - p);
+      const int64_t left = end - m - at * lanes;
+      panels.push_back({data + at * lanes * a.K, m + at * lanes,
+                        static_cast<int>(std::min(left, width * lanes)), static_cast<int>(width),
+                        0});
+      at += width;
+    }
+    const int64_t depth =
+        std::clamp<int64_t>(room / (panels.back().width * row_bytes) / 16 * 16, 16, 128);
+    for (XPanel& panel : panels) panel.depth = static_cast<int>(depth);
+    parallel_for(a.K, kPackGrain / (end - m) + 1, 16, threads, [&](int64_t k0, int64_t k1) {
+      for (const XPanel& panel : panels) kernels.pack_panel(a, panel, k0, k1);
+    });
+    over_weight(a, end - m, 16, threads, [&](int64_t n0, int64_t n1) {
+      kernels.panels(a, panels.data(), static_cast<int>(count), n0, n1, work_scratch);
+    });
+  }
+}
+
+const Linear24Kernels& kernels_for(DType dtype) {
+  return *tier().linear_24[static_cast<int>(dtype)];
 }
 
 }  // namespace
 
-float activate(float v, Activation activation) {
-  switch (activation) {
-    case Activation::none: return v;
-    case Activation::relu: return v < 0 ? 0.0f : v;
-    case Activation::relu2: return v < 0 ? 0.0f : v * v;
-    case Activation::gelu: return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f));
-    case Activation::silu: return v / (1.0f + std::exp(-v));
-  }
-  return v;
-}
-
 void linear_24(const Linear24& a, int threads) {
   if (a.M == 0 || a.N == 0) return;
-  const Linear24Kernels& kernels = tier().linear_24;
-  if (a.M <= kernels.max_rows) {
-    linear_24_few_rows(a, kernels, threads);
-  } else {
-    linear_24_many_rows(a, kernels, threads);
-  }
+  const Linear24Kernels& kernels = kernels_for(a.dtype);
+  if (!a.packed && a.M <= kernels.max_rows) return by_rows(a, kernels, threads);
+  if (a.M <= (a.packed ? kernels.max_tiles_packed : kernels.max_tiles))
+    return by_tiles(a, kernels, threads);
+  by_panels(a, kernels, threads);
+}
+
+void prepack_24(const void* values, const uint8_t* meta, uint8_t* packed, int64_t N, int64_t K,
+                DType dtype, int threads) {
+  Linear24 a{};
+  a.values = values;
+  a.meta = meta;
+  a.N = N;
+  a.K = K;
+  const Linear24Kernels& kernels = kernels_for(dtype);
+  parallel_for(ceil_div(N, 16), kPackGrain / (16 * K + 1) + 1, 1, threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t b = begin; b < end; ++b)
+                   kernels.prepack(a, 16 * b, packed, work_scratch);
+               });
+}
+
+void unprepack_24(const uint8_t* packed, void* values, uint8_t* meta, int64_t N, int64_t K,
+                  DType dtype, int threads) {
+  // Not hot: element by element, through the same permutation read backwards.
+  const int64_t item = dtype == DType::f32 ? 4 : 2, row = K / 2 * item, meta_row = meta_bytes(K);
+  const bool pairs = dtype == DType::bf16;
+  parallel_for(
+      ceil_div(N, 16), kPackGrain / (16 * K + 1) + 1, 1, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          const int64_t n = 16 * b, rows = std::min<int64_t>(16, N - n);
+          const uint8_t* from = packed + n * row;
+          const uint8_t* bits = packed + N * row + n * meta_row;
+          for (int64_t r = 0; r < rows; ++r) {
+            uint8_t* to = static_cast<uint8_t*>(values) + (n + r) * row;
+            for (int64_t j = 0; j < K / 2; ++j) {
+              const int64_t at = pairs ? (j / 2 * rows + r) * 2 + j % 2 : j * rows + r;
+              std::copy_n(from + at * item, item, to + j * item);
+            }
+            for (int64_t i = 0; i < meta_row; ++i) {
+              const int64_t word = i / 4, width = std::min<int64_t>(4, meta_row - 4 * word);
+              const bool whole = word < K / 32;
+              meta[(n + r) * meta_row + i] =
+                  bits[word * 4 * rows + (whole ? r * 4 : r * width) + i % 4];
+            }
+          }
+        }
+      });
 }
 
 }  // namespace sparsekern::cpu

@@ -10,26 +10,22 @@ namespace sparsekern::cpu {
 // Position of kept slot j of a row within its group of four.
 inline int slot_position(const uint8_t* meta, int64_t j) { return meta[j / 4] >> (j % 4 * 2) & 3; }
 
-// Slots [first + begin, first + kept) of a row into w[begin..kept) and position[begin..kept),
-// positions counted from the dense element 2 * first.
-inline void decode_scalar(const uint8_t* values, const uint8_t* meta, int64_t first, int begin,
-                          int kept, DType dtype, float* w, int32_t* position) {
-  for (int j = begin; j < kept; ++j) {
-    w[j] = load_float(values, first + j, dtype);
-    position[j] = j / 2 * 4 + slot_position(meta, first + j);
-  }
-}
-
-// sums[r] of x[r][begin..end) against one weight row; x has rows of K.
-template <int R>
-inline void dot_rows_scalar(const uint8_t* values, const uint8_t* meta, const float* x,
-                            int64_t begin, int64_t end, int64_t K, DType dtype, float* sums) {
+// sums[r] of x[r][begin..end) against one weight row; x has rows of K, fp32 or bf16.
+template <int R, class X>
+inline void dot_rows_scalar(const uint8_t* values, const uint8_t* meta, const X* x, int64_t begin,
+                            int64_t end, int64_t K, DType dtype, float* sums) {
   // Eight chains: the sum is split, so that its error stays near that of a blocked dense product.
   float chain[R][8] = {};
   for (int64_t j = begin / 2; j < end / 2; ++j) {
     const float w = load_float(values, j, dtype);
-    const float* at = x + j / 2 * 4 + slot_position(meta, j);
-    for (int r = 0; r < R; ++r) chain[r][j % 8] += w * at[r * K];
+    const X* at = x + j / 2 * 4 + slot_position(meta, j);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (sizeof(X) == 2) {
+        chain[r][j % 8] += w * bf16_to_float(at[r * K]);
+      } else {
+        chain[r][j % 8] += w * at[r * K];
+      }
+    }
   }
   for (int r = 0; r < R; ++r) {
     const float* c = chain[r];

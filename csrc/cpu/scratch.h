@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 
@@ -18,22 +19,25 @@ constexpr bool kExactScratch = false;
 // Grows and is kept for the thread's life: the second call of a shape allocates nothing.
 class Scratch {
  public:
-  float* get(size_t count) {
-    if (kExactScratch || count > count_) {
+  // `count` of T, aligned to a cache line; what an earlier call left is in them.
+  template <class T>
+  T* get(int64_t count) {
+    const auto bytes = static_cast<size_t>(count) * sizeof(T);
+    if (kExactScratch || bytes > bytes_) {
       data_.reset();
-      count_ = 0;
-      data_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64})));
-      count_ = count;
+      bytes_ = 0;
+      data_.reset(::operator new(bytes, std::align_val_t{64}));
+      bytes_ = bytes;
     }
-    return data_.get();
+    return static_cast<T*>(data_.get());
   }
 
  private:
   struct Free {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
   };
-  std::unique_ptr<float, Free> data_;
-  size_t count_ = 0;
+  std::unique_ptr<void, Free> data_;
+  size_t bytes_ = 0;
 };
 
 }  // namespace sparsekern::cpu

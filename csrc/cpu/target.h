@@ -11,6 +11,11 @@
 
 #define SPARSEKERN_PRAGMA(text) _Pragma(#text)
 
+// What the tiers ask of a CPU; dispatch.cpp looks for the same.
+#define SPARSEKERN_AVX2 "avx2,fma,f16c,bmi,bmi2,popcnt"
+#define SPARSEKERN_AVX512 \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2," SPARSEKERN_AVX2
+
 #if defined(__x86_64__) && defined(__clang__)
 #define SPARSEKERN_TARGET_BEGIN(isa) \
   SPARSEKERN_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))

@@ -46,6 +46,8 @@ SERVES = {
     "linear_24": _PRODUCTS,
     "linear_24_dx": _PRODUCTS,
     "linear_24_dvalues": _PRODUCTS,
+    "prepack_24": _PRODUCTS,
+    "unprepack_24": _PRODUCTS,
     "linear_24_prepacked": _PRODUCTS,
     "pack_zvc": ZVC_DTYPES,
     "pack_zvc_out": ZVC_DTYPES,
@@ -152,22 +154,43 @@ def linear_24(
 ) -> Tensor:
     # Names hold what may be a copy until the kernel returns.
     values, meta = values.contiguous(), meta.contiguous()
-    return _linear_24(x, values.data_ptr(), meta.data_ptr(), values.shape[0], bias, activation)
+    return _linear_24(x, values.data_ptr(), meta.data_ptr(), 0, values.shape[0], bias, activation)
+
+
+def prepack_24(values: Tensor, meta: Tensor) -> Tensor:
+    values, meta = values.contiguous(), meta.contiguous()
+    N, K = values.shape[0], 2 * values.shape[1]
+    packed = meta.new_empty(values.nbytes + meta.nbytes)
+    _cpu.prepack_24(
+        values.data_ptr(),
+        meta.data_ptr(),
+        packed.data_ptr(),
+        N,
+        K,
+        _DTYPE[values.dtype],
+        _threads(),
+    )
+    return packed
+
+
+def unprepack_24(packed: Tensor, N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    packed = packed.contiguous()
+    values, meta = packed.new_empty((N, K // 2), dtype=dtype), packed.new_empty(N, (K + 7) // 8)
+    _cpu.unprepack_24(
+        packed.data_ptr(), values.data_ptr(), meta.data_ptr(), N, K, _DTYPE[dtype], _threads()
+    )
+    return values, meta
 
 
 def linear_24_prepacked(
     x: Tensor, packed: Tensor, N: int, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    # No layout has been measured to pay on the CPU: prepack_24 is the reference's identity, the
-    # bytes of values followed by those of meta.
     packed = packed.contiguous()
-    values = packed.data_ptr()
-    meta = values + N * (x.shape[-1] // 2) * x.element_size()
-    return _linear_24(x, values, meta, N, bias, activation)
+    return _linear_24(x, 0, 0, packed.data_ptr(), N, bias, activation)
 
 
 def _linear_24(
-    x: Tensor, values: int, meta: int, N: int, bias: Tensor | None, activation: str
+    x: Tensor, values: int, meta: int, packed: int, N: int, bias: Tensor | None, activation: str
 ) -> Tensor:
     if x.dim() == 2:
         rows, y = x, x.new_empty(x.shape[0], N)
@@ -181,6 +204,7 @@ def _linear_24(
         *rows.stride(),
         values,
         meta,
+        packed,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         M,

@@ -331,8 +331,32 @@ void product(const Shape& s, DType dtype, int layout, int activation, bool with_
        {"bias", bias},
        output_near("y", dtype, y, tolerance)},
       [&](const Pointers& p, int threads) {
-        cpu::linear_24({p[0], stride.m, stride.k, p[1], p[2], with_bias ? p[3] : nullptr, p[4], M,
-                        N, K, dtype, act},
+        cpu::linear_24({p[0], stride.m, stride.k, p[1], p[2], nullptr, with_bias ? p[3] : nullptr,
+                        p[4], M, N, K, dtype, act},
+                       threads);
+        return std::string();
+      });
+  if (layout != 0) return;
+  // A prepacked weight: the same bytes from every tier, the exact inverse, and the same product.
+  Bytes packed(weight.values.size() + weight.meta.size());
+  cpu::prepack_24(weight.values.data(), weight.meta.data(), packed.data(), N, K, dtype, 1);
+  run("prepack_24, " + name,
+      {{"values", weight.values}, {"meta", weight.meta}, output("packed", packed)},
+      [&](const Pointers& p, int threads) {
+        cpu::prepack_24(p[0], p[1], p[2], N, K, dtype, threads);
+        return std::string();
+      });
+  run("unprepack_24, " + name,
+      {{"packed", packed}, output("values", weight.values), output("meta", weight.meta)},
+      [&](const Pointers& p, int threads) {
+        cpu::unprepack_24(p[0], p[1], p[2], N, K, dtype, threads);
+        return std::string();
+      });
+  run("prepacked " + name,
+      {{"x", x}, {"packed", packed}, {"bias", bias}, output_near("y", dtype, y, tolerance)},
+      [&](const Pointers& p, int threads) {
+        cpu::linear_24({p[0], stride.m, stride.k, nullptr, nullptr, p[1],
+                        with_bias ? p[2] : nullptr, p[3], M, N, K, dtype, act},
                        threads);
         return std::string();
       });
@@ -364,7 +388,8 @@ void products() {
            scribble("y", static_cast<size_t>(M * N * bytes))},
           [&](const Pointers& p, int threads) {
             cpu::linear_24(
-                {p[0], K, 1, p[1], p[2], nullptr, p[3], M, N, K, dtype, Activation::none}, threads);
+                {p[0], K, 1, p[1], p[2], nullptr, nullptr, p[3], M, N, K, dtype, Activation::none},
+                threads);
             return std::string();
           });
     }
