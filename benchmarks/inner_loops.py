@@ -110,17 +110,18 @@ def heat(loop: list[Instruction]) -> float:
 
 
 def short(name: str) -> str:
-    """A symbol without what every kernel's has."""
-    noises = (
-        "sparsekern::cpu::",
-        "sparsekern::",
-        "(anonymous namespace)::",
-        "void ",
-        "[abi:cxx11]",
-    )
-    for noise in noises:
+    """A symbol without its parameters and what every kernel's has."""
+    for noise in ("sparsekern::cpu::", "sparsekern::", "(anonymous namespace)::", "[abi:cxx11]"):
         name = name.replace(noise, "")
-    name = name.removeprefix("void ")
+    name, clone, _ = name.removeprefix("void ").partition(" [clone")
+    depth, at = 0, len(name)
+    while name.endswith(")") and at:
+        at -= 1
+        depth += {")": 1, "(": -1}.get(name[at], 0)
+        if depth == 0:
+            name = name[:at]
+            break
+    name += clone and " [clone]"
     return name if len(name) <= 72 else name[:34] + " ... " + name[-33:]
 
 

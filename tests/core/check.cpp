@@ -4,7 +4,7 @@
 //
 //   core_check [TIER [start]]    fails if the core has not chosen TIER by itself
 //
-// With `start`, buffers lie flush at their start only: QEMU up to 7.2 reads 16 bytes for the memory
+// With `start`, buffers lie flush at their start only: QEMU 7.2 reads 16 bytes for the memory
 // operand of a scalar FMA, so that there right code faults at a buffer's end.
 //
 // Inputs are read-only while the core runs; an output holds a pattern before. The three thread
