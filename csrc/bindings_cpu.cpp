@@ -9,6 +9,7 @@
 namespace py = pybind11;
 namespace cpu = sparsekern::cpu;
 
+namespace sparsekern::cpu { struct Tune { int64_t block=65536, nt_c=0, nt_x=0, piece=4096, pf=0, cache=32<<20; }; extern Tune tune; }
 namespace {
 
 using sparsekern::Activation;
@@ -82,27 +83,11 @@ PYBIND11_MODULE(_cpu, m) {
       Unlocked());
 
   m.def(
-      "zvc_index",
-      [](Address x, int64_t n, int size, Address mask, Address offsets, int threads) {
-        return cpu::zvc_index(at<const void>(x), n, size, at<uint8_t>(mask), at<int64_t>(offsets),
-                              threads);
-      },
-      Unlocked());
-
-  m.def(
       "zvc_compress",
-      [](Address x, int64_t n, int size, Address mask, Address offsets, Address values,
-         int64_t room, int threads) {
-        cpu::zvc_compress(at<const void>(x), n, size, at<const uint8_t>(mask),
-                          at<const int64_t>(offsets), at<void>(values), room, threads);
-      },
-      Unlocked());
-
-  m.def(
-      "zvc_check",
-      [](Address mask, Address offsets, int64_t n, int64_t values, int threads) {
-        return cpu::zvc_check(at<const uint8_t>(mask), at<const int64_t>(offsets), n, values,
-                              threads);
+      [](Address x, int64_t n, int size, Address mask, Address values, int64_t room,
+         Address offsets, int threads) {
+        return cpu::zvc_compress(at<const void>(x), n, size, at<uint8_t>(mask), at<void>(values),
+                                 room, at<int64_t>(offsets), threads);
       },
       Unlocked());
 
@@ -110,11 +95,12 @@ PYBIND11_MODULE(_cpu, m) {
       "zvc_expand",
       [](Address mask, Address values, int64_t values_count, Address offsets, int64_t n, int size,
          Address x, int threads) {
-        cpu::zvc_expand(at<const uint8_t>(mask), at<const void>(values), values_count,
-                        at<const int64_t>(offsets), n, size, at<void>(x), threads);
+        return cpu::zvc_expand(at<const uint8_t>(mask), at<const void>(values), values_count,
+                               at<const int64_t>(offsets), n, size, at<void>(x), threads);
       },
       Unlocked());
 
+  m.def("tune", [](int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f){cpu::tune={a,b,c,d,e,f};});
   m.def("isas", &cpu::isas, "Tiers this build and this CPU can run, best first.");
   m.def("isa", &cpu::isa, "The tier in use.");
   m.def("set_isa", &cpu::set_isa, "Switch the tier; False when there is no such tier here.");

@@ -52,13 +52,17 @@ struct Linear24Kernels {
   int max_lanes, min_lanes;  // widest and narrowest panel; widths in between double
 };
 
-// One tile of at most 4096 elements of `size` bytes.
+// One tile of at most 4096 elements of `size` bytes at any address.
 struct ZvcKernels {
-  int64_t (*mask)(const void* x, int64_t n, int size, uint8_t* mask);  // returns the non-zeros
-  void (*compress)(const void* x, const uint8_t* mask, int64_t n, int size,
-                   void* values);  // room for n, +64 B
-  void (*expand)(const void* values, const uint8_t* mask, int64_t n, int size,
-                 void* x);  // readable to +64 B
+  // Writes the mask and the non-zeros, of which it returns the number; may write up to 64 bytes past
+  // them.
+  int64_t (*compress)(const void* x, int64_t n, int size, uint8_t* mask, void* values);
+  // The inverse; may read up to 64 bytes past the values.
+  void (*expand)(const void* values, const uint8_t* mask, int64_t n, int size, void* x);
+  void (*expand_stream)(const void* values, const uint8_t* mask, int64_t n, int size, void* x);
+  int64_t (*count)(const uint8_t* mask, int64_t n);  // bits set in ceil(n / 8) bytes
+  // memcpy past the cache, for memory that is not read soon. Its stores are ordered by an sfence.
+  void (*stream)(void* to, const void* from, int64_t bytes);
 };
 
 extern const Linear24Kernels linear_24_portable;
@@ -92,18 +96,14 @@ void gather_24(const void* dense, const uint8_t* meta, void* values, int64_t row
 void prune_24_transposable(const void* weight, void* out, int64_t rows, int64_t K, DType dtype,
                            int threads);
 
-// Writes mask[ceil(n/8)] and offsets[ceil(n/4096)] of x and returns the number of non-zero
-// elements.
-int64_t zvc_index(const void* x, int64_t n, int size, uint8_t* mask, int64_t* offsets, int threads);
-// Writes the non-zeros, those below place `room` only.
-void zvc_compress(const void* x, int64_t n, int size, const uint8_t* mask, const int64_t* offsets,
-                  void* values, int64_t room, int threads);
-// Returns an empty string, or what is wrong with the stream. Reads mask and offsets only.
-std::string zvc_check(const uint8_t* mask, const int64_t* offsets, int64_t n, int64_t values,
-                      int threads);
-// Requires a stream that zvc_check accepts.
-void zvc_expand(const uint8_t* mask, const void* values, int64_t values_count,
-                const int64_t* offsets, int64_t n, int size, void* x, int threads);
+// Writes mask[ceil(n/8)], offsets[ceil(n/4096)] and the non-zeros of x, those below place `room`
+// only, and returns how many non-zeros there are.
+int64_t zvc_compress(const void* x, int64_t n, int size, uint8_t* mask, void* values, int64_t room,
+                     int64_t* offsets, int threads);
+// Returns an empty string, or what is wrong with the stream: then x holds nothing of use. Reads
+// nothing outside the arrays whatever they hold.
+std::string zvc_expand(const uint8_t* mask, const void* values, int64_t values_count,
+                       const int64_t* offsets, int64_t n, int size, void* x, int threads);
 
 // ---- the machine ----
 

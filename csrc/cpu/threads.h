@@ -41,4 +41,19 @@ void parallel_for(int64_t n, int64_t grain, [[maybe_unused]] int64_t align, int 
   f(int64_t{0}, n);
 }
 
+// Calls f(team) on each thread of one team of `team` threads, at most `threads` of them, which share
+// out the work themselves: f on one thread must be able to do all of it, as a team may be smaller
+// than was asked for and its threads may start late. f must not throw.
+template <class F>
+void parallel_team([[maybe_unused]] int threads, F f) {
+#ifdef _OPENMP
+  if (threads > 1 && !omp_in_parallel() && !in_forked_child()) {
+#pragma omp parallel num_threads(threads)
+    f(omp_get_num_threads());
+    return;
+  }
+#endif
+  f(1);
+}
+
 }  // namespace sparsekern::cpu

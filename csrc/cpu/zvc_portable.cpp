@@ -6,36 +6,44 @@
 namespace sparsekern::cpu {
 namespace {
 
-template <class Word>
+template <int kSize>
 struct PortableZvc {
-  static constexpr int kLanes = 8;
-
-  static uint64_t nonzero(const Word* x) {
-    unsigned bits = 0;
-    for (int i = 0; i < 8; ++i) bits |= unsigned{x[i] != 0} << i;
-    return bits;
-  }
-  static void compress(const Word* x, uint64_t bits, Word* out) {
-    for (int i = 0; i < 8; ++i) {
-      *out = x[i];
-      out += bits >> i & 1;
+  static uint8_t* compress(const uint8_t* x, uint8_t* values, uint64_t& marked) {
+    marked = 0;
+    for (int i = 0; i < 64; ++i) {
+      uint64_t word = 0;
+      std::memcpy(&word, x + i * kSize, kSize);
+      std::memcpy(values, &word, kSize);
+      values += word != 0 ? kSize : 0;
+      marked |= uint64_t{word != 0} << i;
     }
+    return values;
   }
-  static void expand(const Word* values, uint64_t bits, Word* x) {
-    for (int i = 0; i < 8; ++i) {
-      const Word bit = static_cast<Word>(bits >> i & 1);
-      x[i] = static_cast<Word>(*values * bit);
-      values += bit;
+  static const uint8_t* expand(const uint8_t* values, uint64_t marked, uint8_t* x) {
+    for (int i = 0; i < 64; ++i) {
+      const uint64_t bit = marked >> i & 1;
+      uint64_t word = 0;
+      std::memcpy(&word, values, kSize);
+      word &= -bit;
+      std::memcpy(x + i * kSize, &word, kSize);
+      values += bit * kSize;
     }
+    return values;
   }
 };
+
+void copy(void* to, const void* from, int64_t bytes) {
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
 
 }  // namespace
 
 const ZvcKernels zvc_portable = {
-    Zvc<PortableZvc>::mask,
     Zvc<PortableZvc>::compress,
     Zvc<PortableZvc>::expand,
+    Zvc<PortableZvc>::expand,
+    Zvc<PortableZvc>::count,
+    copy,
 };
 
 }  // namespace sparsekern::cpu
