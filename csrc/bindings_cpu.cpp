@@ -9,7 +9,7 @@
 namespace py = pybind11;
 namespace cpu = sparsekern::cpu;
 
-namespace sparsekern::cpu { struct Tune { int64_t block=65536, nt_c=0, nt_x=0, piece=4096, pf=0, cache=32<<20; }; extern Tune tune; }
+namespace sparsekern::cpu { struct Tune { int64_t block=131072, nt_c=2, nt_x=2, piece=2048, pf=0, cache=32<<20; }; extern Tune tune; }
 namespace {
 
 using sparsekern::Activation;

@@ -52,17 +52,18 @@ struct Linear24Kernels {
   int max_lanes, min_lanes;  // widest and narrowest panel; widths in between double
 };
 
-// One tile of at most 4096 elements of `size` bytes at any address.
+// A part of at most one tile of `size`-byte elements, at any address.
 struct ZvcKernels {
-  // Writes the mask and the non-zeros, of which it returns the number; may write up to 64 bytes past
+  // Writes the mask and the non-zeros of x, and returns their number; may write up to 64 bytes past
   // them.
   int64_t (*compress)(const void* x, int64_t n, int size, uint8_t* mask, void* values);
-  // The inverse; may read up to 64 bytes past the values.
-  void (*expand)(const void* values, const uint8_t* mask, int64_t n, int size, void* x);
-  void (*expand_stream)(const void* values, const uint8_t* mask, int64_t n, int size, void* x);
-  int64_t (*count)(const uint8_t* mask, int64_t n);  // bits set in ceil(n / 8) bytes
-  // memcpy past the cache, for memory that is not read soon. Its stores are ordered by an sfence.
-  void (*stream)(void* to, const void* from, int64_t bytes);
+  // The inverse: returns the number of values used; may read up to 64 bytes past them.
+  int64_t (*expand)(const void* values, const uint8_t* mask, int64_t n, int size, void* x);
+  int64_t (*count)(const uint8_t* mask, int64_t n);  // of bits set in ceil(n / 8) bytes
+  // Copies up to the last border of a cache line in `to`, without reading or keeping those lines if
+  // the tier can, and returns the number of bytes copied. A store fence must follow, before another
+  // thread reads them.
+  int64_t (*stream)(void* to, const void* from, int64_t bytes);
 };
 
 extern const Linear24Kernels linear_24_portable;

@@ -1,100 +1,155 @@
-// zvc on whole tensors
+// zvc on whole tensors: tiles to threads, values to their places.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
 #include <numeric>
-#include <thread>
+#include <utility>
 
+#include "cache.h"
 #include "kernels.h"
+#include "scratch.h"
 #include "threads.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace sparsekern::cpu {
-struct Tune { int64_t block=65536, nt_c=0, nt_x=0, piece=4096, pf=0, cache=32<<20; } tune;
+extern int64_t g_pf;
+struct Tune { int64_t block=131072, nt_c=2, nt_x=2, piece=2048, pf=0, cache=32<<20; } tune;
 namespace {
+
+constexpr int64_t kOverrun = 64;     // bytes that kernels may touch past the values
+constexpr int64_t kMaskTile = kZvcTile / 8;
+#define kPiece tune.piece
+#define kBlock tune.block
+constexpr int64_t kTileGrain = 8;    // tiles a thread is worth waking for
 
 int64_t tile_length(int64_t tile, int64_t n) { return std::min(kZvcTile, n - tile * kZvcTile); }
 
-void pause() { _mm_pause(); }
+void store_fence() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+// One call of compress.
+struct Compress {
+  const ZvcKernels& kernels;
+  const uint8_t* x;
+  int64_t n;
+  int size;
+  uint8_t* mask;
+  uint8_t* values;
+  int64_t room;  // bytes of values
+  int64_t* offsets;
+
+  int64_t tiles() const { return ceil_div(n, kZvcTile); }
+
+  int64_t pack(int64_t tile, int64_t begin, int64_t end, uint8_t* to) const {
+    return kernels.compress(x + (tile * kZvcTile + begin) * size, end - begin, size,
+                            mask + tile * kMaskTile + begin / 8, to);
+  }
+
+  // Whether values are on the way to fill more than the cache, when `tiles_done` gave `bytes`.
+  bool streams(int64_t bytes, int64_t tiles_done) const {
+    if (tune.nt_c < 2) return tune.nt_c == 1;
+    return static_cast<double>(bytes) * static_cast<double>(tiles()) >
+           static_cast<double>(tune.cache) * static_cast<double>(tiles_done);
+  }
+
+  int64_t fits(int64_t at, int64_t bytes) const {
+    return std::max<int64_t>(0, std::min(bytes, room - at));
+  }
+  void copy(int64_t at, const uint8_t* from, int64_t bytes) const {
+    if (const int64_t n = fits(at, bytes)) std::memcpy(values + at, from, static_cast<size_t>(n));
+  }
+  // Puts `bytes` that belong at `at`; returns how many of the last ones are not put yet.
+  int64_t put(int64_t at, uint8_t* from, int64_t bytes, bool stream) const {
+    if (!stream || fits(at, bytes) < bytes) {
+      copy(at, from, bytes);
+      return 0;
+    }
+    return bytes - kernels.stream(values + at, from, bytes);
+  }
+
+  int64_t alone() const {
+    alignas(64) uint8_t staged[8192*2];
+    int64_t end = 0;   // bytes packed so far
+    int64_t kept = 0;  // the last of them, less than a line, still in `staged`
+    for (int64_t t = 0; t < tiles(); ++t) {
+      const int64_t length = tile_length(t, n);
+      const bool stream = t > 0 && streams(end, t);
+      offsets[t] = end / size;
+      if (!stream && room - end >= length * size + kOverrun) {
+        copy(end - kept, staged, kept);
+        kept = 0;
+        end += pack(t, 0, length, values + end) * size;
+        continue;
+      }
+      for (int64_t i = 0; i < length; i += kPiece / size) {
+        const int64_t bytes = pack(t, i, std::min(length, i + kPiece / size), staged + kept) * size;
+        const int64_t at = end - kept;
+        end += bytes;
+        kept = put(at, staged, end - at, stream);
+        std::memcpy(staged, staged + (end - at - kept), 64);
+      }
+    }
+    copy(end - kept, staged, kept);
+    store_fence();
+    return end / size;
+  }
+
+  int64_t team(int64_t threads) const {
+    const int64_t block = std::max<int64_t>(1, kBlock / (kZvcTile * size));  // tiles
+    const int64_t blocks = ceil_div(tiles(), block);
+    threads = std::min(threads, blocks);
+    const int64_t stage = block * kZvcTile * size + kOverrun;
+    static thread_local Scratch scratch;
+    auto* const stages = reinterpret_cast<uint8_t*>(scratch.get(static_cast<size_t>(threads * stage / 4)));
+    Turns turns;
+    int64_t place = 0;  // in bytes; belongs to the thread whose turn it is
+    parallel_team(threads, [&](int64_t rank, int64_t) {
+      uint8_t* const staged = stages + rank * stage;
+      for (int64_t b = turns.take(); b < blocks; b = turns.take()) {
+        const int64_t first = b * block, last = std::min(tiles(), first + block);
+        int64_t bytes = 0;
+        for (int64_t t = first; t < last; ++t) {
+          offsets[t] = bytes / size;
+          bytes += pack(t, 0, tile_length(t, n), staged + bytes) * size;
+        }
+        turns.wait(b);
+        const int64_t at = place;
+        place += bytes;
+        turns.pass(b);
+        for (int64_t t = first; t < last; ++t) offsets[t] += at / size;
+        const int64_t kept = put(at, staged, bytes, streams(at + bytes, last));
+        copy(at + bytes - kept, staged + bytes - kept, kept);
+      }
+      store_fence();
+    });
+    return place / size;
+  }
+};
 
 }  // namespace
 
-int64_t zvc_compress(const void* from, int64_t n, int size, uint8_t* mask, void* values,
-                     int64_t room, int64_t* offsets, int threads) {
-  const ZvcKernels& kernels = tier().zvc;
-  const auto* x = static_cast<const uint8_t*>(from);
-  auto* out = static_cast<uint8_t*>(values);
-  const int64_t tiles = ceil_div(n, kZvcTile);
-  const int64_t per_block = std::max<int64_t>(1, tune.block / (kZvcTile * size));
-  const int64_t blocks = ceil_div(tiles, per_block);
-  alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int64_t> turn{0};
-  int64_t place = 0;
-  const auto streams = [&](int64_t end, int64_t tiles_done) {
-    if (tune.nt_c < 2) return tune.nt_c == 1;
-    return double(end) / double(tiles_done) * double(tiles) * size > double(tune.cache);
-  };
-  const auto emit = [&](const uint8_t* staged, int64_t at, int64_t count, bool stream) {
-    const int64_t bytes = std::max<int64_t>(0, std::min(count, room - at)) * size;
-    if (stream) kernels.stream(out + at * size, staged, bytes);
-    else std::memcpy(out + at * size, staged, bytes);
-  };
-  parallel_team(static_cast<int>(std::min<int64_t>(threads, blocks)), [&](int team) {
-    if (team == 1) {
-      alignas(64) uint8_t staged[kZvcTile * 8 + 64];
-      bool stream = tune.nt_c == 1;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const uint8_t* tile = x + t * kZvcTile * size;
-        const int64_t length = tile_length(t, n);
-        const bool direct = !stream && (room - place - length) * size >= 64;
-        const int64_t count = kernels.compress(tile, length, size, mask + t * (kZvcTile / 8),
-                                               direct ? out + place * size : staged);
-        if (tune.pf) for (int64_t i = 0; i < tune.pf; i += 64) __builtin_prefetch(tile + kZvcTile * size + i, 0, 2);
-        offsets[t] = place;
-        if (!direct) emit(staged, place, count, stream);
-        place += count;
-        if (t % 8 == 0) stream = streams(place, t + 1);
-      }
-      _mm_sfence();
-      return;
-    }
-    static thread_local std::unique_ptr<uint8_t[]> buf(new uint8_t[(4<<20) + 128]);
-    uint8_t* staged = (uint8_t*)(((uintptr_t)buf.get() + 63) & ~uintptr_t{63});
-    int64_t b;
-    while ((b = next.fetch_add(1, std::memory_order_relaxed)) < blocks) {
-      const int64_t first = b * per_block, last = std::min(tiles, first + per_block);
-      int64_t count = 0;
-      for (int64_t t = first; t < last; ++t) {
-        offsets[t] = count;
-        count += kernels.compress(x + t * kZvcTile * size, tile_length(t, n), size,
-                                  mask + t * (kZvcTile / 8), staged + count * size);
-      }
-      for (int spins = 0; turn.load(std::memory_order_acquire) != b; ++spins) {
-        if (spins < 2000) pause(); else std::this_thread::yield();
-      }
-      const int64_t at = place;
-      place = at + count;
-      turn.store(b + 1, std::memory_order_release);
-      for (int64_t t = first; t < last; ++t) offsets[t] += at;
-      emit(staged, at, count, streams(at + count, last));
-    }
-    _mm_sfence();
-  });
-  return place;
+int64_t zvc_compress(const void* x, int64_t n, int size, uint8_t* mask, void* values, int64_t room,
+                     int64_t* offsets, int threads) {
+  const Compress compress{tier().zvc, static_cast<const uint8_t*>(x), n, size, mask,
+                          static_cast<uint8_t*>(values), room * size, offsets};
+  g_pf = tune.pf;
+  threads = static_cast<int>(std::min<int64_t>(threads, compress.tiles() / kTileGrain));
+  return threads > 1 && !one_thread_only() ? compress.team(threads) : compress.alone();
 }
 
 namespace {
-std::string zvc_check(const uint8_t* mask, const int64_t* offsets, int64_t n, int64_t values,
-                      int threads) {
+
+// Returns an empty string, or what is wrong with a stream of which no more is known than that its
+// arrays have the lengths they should have.
+std::string zvc_check(const ZvcKernels& kernels, const uint8_t* mask, const int64_t* offsets,
+                      int64_t n, int64_t values, int threads) {
   const int64_t tiles = ceil_div(n, kZvcTile);
-  const ZvcKernels& kernels = tier().zvc;
   std::vector<int64_t> counts(static_cast<size_t>(tiles));
-  parallel_for(tiles, 64, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(tiles, kTileGrain * 8, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      counts[t] = kernels.count(mask + t * (kZvcTile / 8), tile_length(t, n));
+      counts[t] = kernels.count(mask + t * kMaskTile, tile_length(t, n));
     }
   });
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
@@ -103,7 +158,6 @@ std::string zvc_check(const uint8_t* mask, const int64_t* offsets, int64_t n, in
            std::to_string(values);
   }
   std::vector<int64_t> order;
-  int64_t place = 0;
   for (int64_t t = 0; t < tiles; ++t) {
     if (offsets[t] < 0 || offsets[t] > values - counts[t]) {
       return "offsets[" + std::to_string(t) + "] is " + std::to_string(offsets[t]) + ", its " +
@@ -112,8 +166,11 @@ std::string zvc_check(const uint8_t* mask, const int64_t* offsets, int64_t n, in
     }
     if (counts[t] > 0) order.push_back(t);
   }
+  // Tiles in any order are legal (a GPU places them as they finish), as long as no two share a
+  // value.
   std::sort(order.begin(), order.end(),
             [&](int64_t a, int64_t b) { return offsets[a] < offsets[b]; });
+  int64_t place = 0;
   for (const int64_t t : order) {
     if (offsets[t] != place)
       return "offsets[" + std::to_string(t) + "] overlaps another tile's values or leaves a gap";
@@ -121,6 +178,7 @@ std::string zvc_check(const uint8_t* mask, const int64_t* offsets, int64_t n, in
   }
   return {};
 }
+
 }  // namespace
 
 std::string zvc_expand(const uint8_t* mask, const void* from, int64_t values_count,
@@ -132,38 +190,51 @@ std::string zvc_expand(const uint8_t* mask, const void* from, int64_t values_cou
   const int64_t tiles = ceil_div(n, kZvcTile);
   const bool stream = tune.nt_x == 1 || (tune.nt_x == 2 && n * size > tune.cache);
   const int64_t piece = tune.piece / size;
-  std::atomic<bool> in_order{tiles > 0 ? offsets[0] == 0 : values_count == 0};
-  parallel_for(tiles, 8, 1, threads, [&](int64_t begin, int64_t end) {
-    alignas(64) uint8_t staged[kZvcTile * 8 + 64] = {};
-    alignas(64) uint8_t wide[32768];
+  // True as long as every tile's values lie within the array and end where the next tile's start:
+  // then the stream is right, and no pass over mask was needed to know it.
+  std::atomic<bool> in_order{(tiles > 0 ? offsets[0] : values_count) == 0};
+  parallel_for(tiles, kTileGrain, 1, threads, [&](int64_t begin, int64_t end) {
+    alignas(64) uint8_t padded[kZvcTile * 8 + kOverrun] = {};
+    alignas(64) uint8_t staged[8192*2];
+    int64_t kept = 0;
     bool chained = true;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t length = tile_length(t, n);
-      const uint8_t* marks = mask + t * (kZvcTile / 8);
-      const int64_t count = kernels.count(marks, length);
-      if (offsets[t] < 0 || offsets[t] > values_count - count) { chained = false; continue; }
-      const int64_t after = offsets[t] + count;
+      const uint8_t* marks = mask + t * kMaskTile;
+      const int64_t count = kernels.count(marks, length), start = offsets[t];
+      if (start < 0 || start > values_count - count) {
+        chained = false;
+        continue;
+      }
+      const int64_t after = start + count;
       chained &= after == (t + 1 < tiles ? offsets[t + 1] : values_count);
-      const uint8_t* in = values + offsets[t] * size;
-      if ((values_count - after) * size < 64) {
-        if (count) std::memcpy(staged, in, count * size);
-        in = staged;
+      const uint8_t* in = values + start * size;
+      if ((values_count - after) * size < kOverrun) {
+        if (count > 0) std::memcpy(padded, in, static_cast<size_t>(count * size));
+        in = padded;
       }
       uint8_t* out = x + t * kZvcTile * size;
-      if (!stream) { kernels.expand(in, marks, length, size, out); continue; }
-      if (tune.piece == 0) { kernels.expand_stream(in, marks, length, size, out); continue; }
+      if (!stream) {
+        kernels.expand(in, marks, length, size, out);
+        continue;
+      }
       for (int64_t i = 0; i < length; i += piece) {
         const int64_t m = std::min(piece, length - i);
-        kernels.expand(in, marks + i / 8, m, size, wide);
-        in += kernels.count(marks + i / 8, m) * size;
-        kernels.stream(out + i * size, wide, m * size);
+        in += kernels.expand(in, marks + i / 8, m, size, staged + kept) * size;
+        const int64_t bytes = kept + m * size;
+        const int64_t done = kernels.stream(out + i * size - kept, staged, bytes);
+        kept = bytes - done;
+        std::memcpy(staged, staged + done, 64);
       }
+      // flush at the tile's end
+      if (kept) std::memcpy(out + length * size - kept, staged, static_cast<size_t>(kept));
+      kept = 0;
     }
-    _mm_sfence();
+    store_fence();
     if (!chained) in_order = false;
   });
   if (in_order) return {};
-  return zvc_check(mask, offsets, n, values_count, threads);
+  return zvc_check(kernels, mask, offsets, n, values_count, threads);
 }
 
 }  // namespace sparsekern::cpu

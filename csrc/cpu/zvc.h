@@ -9,7 +9,7 @@
 //                               end; may write up to 64 bytes past that end
 //   expand(values, mask, x)     writes 64 elements, returns where their values end; may read up to
 //                               64 bytes past that end
-// and copy(to, from, bytes), which leaves no line of `to` in the cache if it can.
+// and stream_lines(to, from, bytes) for whole lines of 64 bytes, `to` on a border of one.
 // Fewer than 64 elements, at most once per tensor, run on the scalar code below. Addresses are of
 // bytes: nothing is assumed to be aligned.
 // Limited by: bytes. What a lane shuffle costs decides whether a tier gets there.
@@ -46,14 +46,14 @@ struct Zvc {
     return (values - start) / kSize;
   }
 
-  template <int kSize, bool kStream = false>
-  static void expand_sized(const uint8_t* values, const uint8_t* mask, int64_t n, uint8_t* x) {
+  template <int kSize>
+  static int64_t expand_sized(const uint8_t* values, const uint8_t* mask, int64_t n, uint8_t* x) {
+    const uint8_t* const start = values;
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
       uint64_t marked;
       std::memcpy(&marked, mask + i / 8, sizeof marked);
-      if constexpr (kStream) values = Z<kSize>::template expand<true>(values, marked, x + i * kSize);
-      else values = Z<kSize>::expand(values, marked, x + i * kSize);
+      values = Z<kSize>::expand(values, marked, x + i * kSize);
     }
     for (; i < n; ++i) {
       const bool bit = mask[i / 8] >> (i % 8) & 1;
@@ -63,6 +63,7 @@ struct Zvc {
       std::memcpy(x + i * kSize, &word, kSize);
       values += bit ? kSize : 0;
     }
+    return (values - start) / kSize;
   }
 
   static int64_t compress(const void* from, int64_t n, int size, uint8_t* mask, void* to) {
@@ -76,7 +77,7 @@ struct Zvc {
     }
   }
 
-  static void expand(const void* from, const uint8_t* mask, int64_t n, int size, void* to) {
+  static int64_t expand(const void* from, const uint8_t* mask, int64_t n, int size, void* to) {
     const auto* values = static_cast<const uint8_t*>(from);
     auto* x = static_cast<uint8_t*>(to);
     switch (size) {
@@ -84,17 +85,6 @@ struct Zvc {
       case 2: return expand_sized<2>(values, mask, n, x);
       case 4: return expand_sized<4>(values, mask, n, x);
       default: return expand_sized<8>(values, mask, n, x);
-    }
-  }
-
-  static void expand_stream(const void* from, const uint8_t* mask, int64_t n, int size, void* to) {
-    const auto* values = static_cast<const uint8_t*>(from);
-    auto* x = static_cast<uint8_t*>(to);
-    switch (size) {
-      case 1: return expand_sized<1, true>(values, mask, n, x);
-      case 2: return expand_sized<2, true>(values, mask, n, x);
-      case 4: return expand_sized<4, true>(values, mask, n, x);
-      default: return expand_sized<8, true>(values, mask, n, x);
     }
   }
 
@@ -107,6 +97,18 @@ struct Zvc {
     }
     for (; i < n; i += 8) total += __builtin_popcount(mask[i / 8]);
     return total;
+  }
+
+  template <void (*kLines)(uint8_t*, const uint8_t*, int64_t)>
+  static int64_t stream(void* to, const void* from, int64_t bytes) {
+    auto* out = static_cast<uint8_t*>(to);
+    const auto* in = static_cast<const uint8_t*>(from);
+    const int64_t head = -reinterpret_cast<uintptr_t>(out) & 63;
+    if (bytes < head) return 0;
+    std::memcpy(out, in, static_cast<size_t>(head));
+    const int64_t lines = (bytes - head) & ~int64_t{63};
+    kLines(out + head, in + head, lines);
+    return head + lines;
   }
 };
 

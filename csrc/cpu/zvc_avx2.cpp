@@ -5,7 +5,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -140,17 +139,10 @@ struct Avx2Zvc {
   }
 };
 
-void stream_256(void* to, const void* from, int64_t bytes) {
-  auto* out = static_cast<uint8_t*>(to);
-  const auto* in = static_cast<const uint8_t*>(from);
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(out) & 63);
-  std::memcpy(out, in, head);
-  int64_t i = head;
-  for (; i + 64 <= bytes; i += 64) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), load32(in + i));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i + 32), load32(in + i + 32));
+void stream_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load32(from + i));
   }
-  std::memcpy(out + i, in + i, bytes - i);
 }
 
 }  // namespace
@@ -158,9 +150,8 @@ void stream_256(void* to, const void* from, int64_t bytes) {
 const ZvcKernels zvc_avx2 = {
     Zvc<Avx2Zvc>::compress,
     Zvc<Avx2Zvc>::expand,
-    Zvc<Avx2Zvc>::expand,
     Zvc<Avx2Zvc>::count,
-    stream_256,
+    Zvc<Avx2Zvc>::stream<stream_lines>,
 };
 
 }  // namespace sparsekern::cpu

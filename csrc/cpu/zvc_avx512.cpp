@@ -7,7 +7,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -18,7 +17,9 @@ SPARSEKERN_TARGET_BEGIN(
 #include "zvc.h"
 
 namespace sparsekern::cpu {
+int64_t g_pf = 0;
 namespace {
+constexpr int64_t kAhead = 8192;
 
 template <int kSize>
 struct Avx512Zvc {
@@ -51,6 +52,8 @@ struct Avx512Zvc {
     for (int i = 0; i < kSize; ++i) {
       const __m512i v = _mm512_loadu_si512(x + 64 * i);
       const uint64_t bits = nonzero(v);
+      __builtin_prefetch(x + 64 * i + kAhead);
+      if (g_pf) __builtin_prefetch(values + 256, 1);
       _mm512_storeu_si512(values, together(v, bits));
       values += __builtin_popcountll(bits) * kSize;
       marked |= bits << (i * kLanes % 64);
@@ -58,32 +61,23 @@ struct Avx512Zvc {
     return values;
   }
 
-  template <bool kStream = false>
   static const uint8_t* expand(const uint8_t* values, uint64_t marked, uint8_t* x) {
 #pragma GCC unroll 8
     for (int i = 0; i < kSize; ++i) {
       const uint64_t bits = marked >> (i * kLanes % 64) & (~uint64_t{0} >> (64 - kLanes));
       __m512i v = _mm512_loadu_si512(values);
-      asm("" : "+v"(v));
-      v = apart(v, bits);
-      if constexpr (kStream) _mm512_stream_si512((__m512i*)(x + 64 * i), v);
-      else _mm512_storeu_si512(x + 64 * i, v);
+      asm("" : "+v"(v));  // not as the memory operand of vpexpand
+      _mm512_storeu_si512(x + 64 * i, apart(v, bits));
       values += __builtin_popcountll(bits) * kSize;
     }
     return values;
   }
 };
 
-void stream_512(void* to, const void* from, int64_t bytes) {
-  auto* out = static_cast<uint8_t*>(to);
-  const auto* in = static_cast<const uint8_t*>(from);
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(out) & 63);
-  std::memcpy(out, in, head);
-  int64_t i = head;
-  for (; i + 64 <= bytes; i += 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+void stream_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
   }
-  std::memcpy(out + i, in + i, bytes - i);
 }
 
 }  // namespace
@@ -91,9 +85,8 @@ void stream_512(void* to, const void* from, int64_t bytes) {
 const ZvcKernels zvc_avx512 = {
     Zvc<Avx512Zvc>::compress,
     Zvc<Avx512Zvc>::expand,
-    Zvc<Avx512Zvc>::expand_stream,
     Zvc<Avx512Zvc>::count,
-    stream_512,
+    Zvc<Avx512Zvc>::stream<stream_lines>,
 };
 
 }  // namespace sparsekern::cpu

@@ -32,7 +32,7 @@ struct PortableZvc {
   }
 };
 
-void copy(void* to, const void* from, int64_t bytes) {
+void stream_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
@@ -41,9 +41,8 @@ void copy(void* to, const void* from, int64_t bytes) {
 const ZvcKernels zvc_portable = {
     Zvc<PortableZvc>::compress,
     Zvc<PortableZvc>::expand,
-    Zvc<PortableZvc>::expand,
     Zvc<PortableZvc>::count,
-    copy,
+    Zvc<PortableZvc>::stream<stream_lines>,
 };
 
 }  // namespace sparsekern::cpu
