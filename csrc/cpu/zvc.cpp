@@ -42,9 +42,28 @@ struct Compress {
 
   int64_t tiles() const { return ceil_div(n, kZvcTile); }
 
-  int64_t pack(int64_t tile, int64_t begin, int64_t end, uint8_t* to) const {
-    return kernels.compress(x + (tile * kZvcTile + begin) * size, end - begin, size,
-                            mask + tile * kMaskTile + begin / 8, to);
+  // Packs tiles [first, last) to `to`, which takes `space` bytes, and returns how many they fill;
+  // their offsets count from `to`.
+  int64_t pack(int64_t first, int64_t last, uint8_t* to, int64_t space, bool stream) const {
+    alignas(64) uint8_t buffer[4096 + 8192 + 256];
+    uint8_t* const staged = buffer + ((uintptr_t(x) - uintptr_t(buffer) - 128) & 4095 & ~63);
+    int64_t end = 0;   // bytes packed so far
+    int64_t kept = 0;  // the last of them, less than a line, still in `staged`
+    for (int64_t t = first; t < last; ++t) {
+      const uint8_t* in = x + t * kZvcTile * size;
+      const int64_t length = tile_length(t, n);
+      offsets[t] = end / size;
+      for (int64_t i = 0; i < length; i += kPiece / size) {
+        const int64_t m = std::min(length - i, kPiece / size);
+        const int64_t bytes = kernels.compress(in + i * size, m, size, mask + t * kMaskTile + i / 8, staged + kept) * size;
+        const int64_t at = end - kept;
+        end += bytes;
+        kept = put(to + at, staged, end - at, space - at, stream);
+        std::memcpy(staged, staged + (end - at - kept), 64);
+      }
+    }
+    copy(to + end - kept, staged, kept, space - (end - kept));
+    return end;
   }
 
   // Whether values are on the way to fill more than the cache, when `tiles_done` gave `bytes`.
@@ -54,73 +73,42 @@ struct Compress {
            static_cast<double>(tune.cache) * static_cast<double>(tiles_done);
   }
 
-  int64_t fits(int64_t at, int64_t bytes) const {
-    return std::max<int64_t>(0, std::min(bytes, room - at));
+  static void copy(uint8_t* to, const uint8_t* from, int64_t bytes, int64_t space) {
+    if (space > 0 && bytes > 0) std::memcpy(to, from, static_cast<size_t>(std::min(bytes, space)));
   }
-  void copy(int64_t at, const uint8_t* from, int64_t bytes) const {
-    if (const int64_t n = fits(at, bytes)) std::memcpy(values + at, from, static_cast<size_t>(n));
-  }
-  // Puts `bytes` that belong at `at`; returns how many of the last ones are not put yet.
-  int64_t put(int64_t at, uint8_t* from, int64_t bytes, bool stream) const {
-    if (!stream || fits(at, bytes) < bytes) {
-      copy(at, from, bytes);
-      return 0;
-    }
-    return bytes - kernels.stream(values + at, from, bytes);
+  // Puts `bytes`, those that fit; returns how many of the last ones are left for later.
+  int64_t put(uint8_t* to, const uint8_t* from, int64_t bytes, int64_t space, bool stream) const {
+    if (stream && bytes <= space) return bytes - kernels.stream(to, from, bytes);
+    copy(to, from, bytes, space);
+    return 0;
   }
 
-  int64_t alone() const {
-    alignas(64) uint8_t staged[8192*2];
-    int64_t end = 0;   // bytes packed so far
-    int64_t kept = 0;  // the last of them, less than a line, still in `staged`
-    for (int64_t t = 0; t < tiles(); ++t) {
-      const int64_t length = tile_length(t, n);
-      const bool stream = t > 0 && streams(end, t);
-      offsets[t] = end / size;
-      if (!stream && room - end >= length * size + kOverrun) {
-        copy(end - kept, staged, kept);
-        kept = 0;
-        end += pack(t, 0, length, values + end) * size;
-        continue;
-      }
-      for (int64_t i = 0; i < length; i += kPiece / size) {
-        const int64_t bytes = pack(t, i, std::min(length, i + kPiece / size), staged + kept) * size;
-        const int64_t at = end - kept;
-        end += bytes;
-        kept = put(at, staged, end - at, stream);
-        std::memcpy(staged, staged + (end - at - kept), 64);
-      }
-    }
-    copy(end - kept, staged, kept);
-    store_fence();
-    return end / size;
-  }
-
-  int64_t team(int64_t threads) const {
+  int64_t run(int64_t threads) const {
     const int64_t block = std::max<int64_t>(1, kBlock / (kZvcTile * size));  // tiles
     const int64_t blocks = ceil_div(tiles(), block);
-    threads = std::min(threads, blocks);
     const int64_t stage = block * kZvcTile * size + kOverrun;
     static thread_local Scratch scratch;
-    auto* const stages = reinterpret_cast<uint8_t*>(scratch.get(static_cast<size_t>(threads * stage / 4)));
+    uint8_t* const stages = threads < 2 ? nullptr : reinterpret_cast<uint8_t*>(scratch.get(static_cast<size_t>(threads * stage / 4)));
     Turns turns;
     int64_t place = 0;  // in bytes; belongs to the thread whose turn it is
-    parallel_team(threads, [&](int64_t rank, int64_t) {
+    parallel_team(threads, [&](int64_t rank, int64_t team) {
       uint8_t* const staged = stages + rank * stage;
       for (int64_t b = turns.take(); b < blocks; b = turns.take()) {
         const int64_t first = b * block, last = std::min(tiles(), first + block);
-        int64_t bytes = 0;
-        for (int64_t t = first; t < last; ++t) {
-          offsets[t] = bytes / size;
-          bytes += pack(t, 0, tile_length(t, n), staged + bytes) * size;
+        int64_t at;
+        if (team == 1) {
+          at = place;
+          place += pack(first, last, values + at, room - at, b > 0 && streams(at, first));
+        } else {
+          const int64_t bytes = pack(first, last, staged, stage, false);
+          turns.wait(b);
+          at = place;
+          place += bytes;
+          turns.pass(b);
+          const int64_t kept = put(values + at, staged, bytes, room - at, streams(at + bytes, last));
+          copy(values + at + bytes - kept, staged + bytes - kept, kept, room - (at + bytes - kept));
         }
-        turns.wait(b);
-        const int64_t at = place;
-        place += bytes;
-        turns.pass(b);
         for (int64_t t = first; t < last; ++t) offsets[t] += at / size;
-        const int64_t kept = put(at, staged, bytes, streams(at + bytes, last));
-        copy(at + bytes - kept, staged + bytes - kept, kept);
       }
       store_fence();
     });
@@ -134,9 +122,9 @@ int64_t zvc_compress(const void* x, int64_t n, int size, uint8_t* mask, void* va
                      int64_t* offsets, int threads) {
   const Compress compress{tier().zvc, static_cast<const uint8_t*>(x), n, size, mask,
                           static_cast<uint8_t*>(values), room * size, offsets};
-  g_pf = tune.pf;
+  g_pf = tune.pf & 1;
   threads = static_cast<int>(std::min<int64_t>(threads, compress.tiles() / kTileGrain));
-  return threads > 1 && !one_thread_only() ? compress.team(threads) : compress.alone();
+  return compress.run(one_thread_only() ? 1 : threads);
 }
 
 namespace {
@@ -195,7 +183,8 @@ std::string zvc_expand(const uint8_t* mask, const void* from, int64_t values_cou
   std::atomic<bool> in_order{(tiles > 0 ? offsets[0] : values_count) == 0};
   parallel_for(tiles, kTileGrain, 1, threads, [&](int64_t begin, int64_t end) {
     alignas(64) uint8_t padded[kZvcTile * 8 + kOverrun] = {};
-    alignas(64) uint8_t staged[8192*2];
+    alignas(64) uint8_t buffer[8192*2];
+    uint8_t* staged = buffer;
     int64_t kept = 0;
     bool chained = true;
     for (int64_t t = begin; t < end; ++t) {
@@ -220,6 +209,7 @@ std::string zvc_expand(const uint8_t* mask, const void* from, int64_t values_cou
       }
       for (int64_t i = 0; i < length; i += piece) {
         const int64_t m = std::min(piece, length - i);
+        if (tune.pf >= 100 && !kept) staged = buffer + ((uintptr_t(in) - uintptr_t(buffer) + tune.pf) & 4095 & ~63);
         in += kernels.expand(in, marks + i / 8, m, size, staged + kept) * size;
         const int64_t bytes = kept + m * size;
         const int64_t done = kernels.stream(out + i * size - kept, staged, bytes);
