@@ -9,7 +9,6 @@
 namespace py = pybind11;
 namespace cpu = sparsekern::cpu;
 
-namespace sparsekern::cpu { struct Tune { int64_t block=131072, nt_c=2, nt_x=2, piece=2048, pf=0, cache=32<<20; }; extern Tune tune; }
 namespace {
 
 using sparsekern::Activation;
@@ -100,7 +99,6 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Unlocked());
 
-  m.def("tune", [](int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f){cpu::tune={a,b,c,d,e,f};});
   m.def("isas", &cpu::isas, "Tiers this build and this CPU can run, best first.");
   m.def("isa", &cpu::isa, "The tier in use.");
   m.def("set_isa", &cpu::set_isa, "Switch the tier; False when there is no such tier here.");

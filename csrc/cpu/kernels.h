@@ -60,9 +60,9 @@ struct ZvcKernels {
   // The inverse: returns the number of values used; may read up to 64 bytes past them.
   int64_t (*expand)(const void* values, const uint8_t* mask, int64_t n, int size, void* x);
   int64_t (*count)(const uint8_t* mask, int64_t n);  // of bits set in ceil(n / 8) bytes
-  // Copies up to the last border of a cache line in `to`, without reading or keeping those lines if
-  // the tier can, and returns the number of bytes copied. A store fence must follow, before another
-  // thread reads them.
+  // Copy up to the last border of a cache line in `to` and return the number of bytes copied. `stream` neither reads nor keeps those lines, if the tier can:
+  // a store fence must follow before another thread reads them.
+  int64_t (*store)(void* to, const void* from, int64_t bytes);
   int64_t (*stream)(void* to, const void* from, int64_t bytes);
 };
 

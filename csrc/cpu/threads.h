@@ -52,19 +52,19 @@ void parallel_for(int64_t n, int64_t grain, [[maybe_unused]] int64_t align, int 
   f(int64_t{0}, n);
 }
 
-// Calls f(rank, team) on each thread of one team, of at most `threads` threads, which share out the
-// work themselves. A team may be smaller than was asked for, down to one, and its threads may start
-// late. f must not throw.
+// Calls f(rank) on each thread of one team, of at most `threads` threads, which share out the work
+// themselves. A team may be smaller than was asked for, down to one, and its threads may start late.
+// f must not throw.
 template <class F>
-void parallel_team([[maybe_unused]] int64_t threads, F f) {
+void parallel_team([[maybe_unused]] int threads, F f) {
 #ifdef _OPENMP
   if (threads > 1 && !one_thread_only()) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
-    f(omp_get_thread_num(), omp_get_num_threads());
+#pragma omp parallel num_threads(threads)
+    f(omp_get_thread_num());
     return;
   }
 #endif
-  f(0, 1);
+  f(0);
 }
 
 // Numbers 0, 1, 2, ... handed to the threads of a team, and their turns, in that order. Who waits

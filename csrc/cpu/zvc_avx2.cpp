@@ -61,6 +61,8 @@ void store8(void* p, __m128i v) { _mm_storel_epi64(static_cast<__m128i*>(p), v);
 void store16(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
 void store32(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
+constexpr int64_t kAhead = 8192;  // bytes of x
+
 template <int kSize>
 struct Avx2Zvc {
   static constexpr int kLanes = kSize == 8 ? 4 : 8;  // a table row
@@ -118,7 +120,10 @@ struct Avx2Zvc {
   static uint8_t* compress(const uint8_t* x, uint8_t* values, uint64_t& marked) {
     marked = 0;
 #pragma GCC unroll 8
-    for (int i = 0; i < kSize; ++i) marked |= nonzero(x + 64 * i) << (64 / kSize * i % 64);
+    for (int i = 0; i < kSize; ++i) {
+      __builtin_prefetch(x + 64 * i + kAhead);
+      marked |= nonzero(x + 64 * i) << (64 / kSize * i % 64);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < 64; i += kLanes) {
       const unsigned row = marked >> i & ((1u << kLanes) - 1);
@@ -139,6 +144,10 @@ struct Avx2Zvc {
   }
 };
 
+void store_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 32) store32(to + i, load32(from + i));
+}
+
 void stream_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 32) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load32(from + i));
@@ -151,6 +160,7 @@ const ZvcKernels zvc_avx2 = {
     Zvc<Avx2Zvc>::compress,
     Zvc<Avx2Zvc>::expand,
     Zvc<Avx2Zvc>::count,
+    Zvc<Avx2Zvc>::stream<store_lines>,
     Zvc<Avx2Zvc>::stream<stream_lines>,
 };
 

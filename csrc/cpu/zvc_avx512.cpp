@@ -17,9 +17,10 @@ SPARSEKERN_TARGET_BEGIN(
 #include "zvc.h"
 
 namespace sparsekern::cpu {
-int64_t g_pf = 0;
 namespace {
-constexpr int64_t kAhead = 8192;
+
+constexpr int64_t kAhead = 8192;  // bytes of x; 4096 was 5 % slower at 90 % zeros
+
 
 template <int kSize>
 struct Avx512Zvc {
@@ -53,7 +54,6 @@ struct Avx512Zvc {
       const __m512i v = _mm512_loadu_si512(x + 64 * i);
       const uint64_t bits = nonzero(v);
       __builtin_prefetch(x + 64 * i + kAhead);
-      if (g_pf) __builtin_prefetch(values + 256, 1);
       _mm512_storeu_si512(values, together(v, bits));
       values += __builtin_popcountll(bits) * kSize;
       marked |= bits << (i * kLanes % 64);
@@ -74,6 +74,12 @@ struct Avx512Zvc {
   }
 };
 
+void store_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm512_store_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  }
+}
+
 void stream_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
@@ -86,6 +92,7 @@ const ZvcKernels zvc_avx512 = {
     Zvc<Avx512Zvc>::compress,
     Zvc<Avx512Zvc>::expand,
     Zvc<Avx512Zvc>::count,
+    Zvc<Avx512Zvc>::stream<store_lines>,
     Zvc<Avx512Zvc>::stream<stream_lines>,
 };
 

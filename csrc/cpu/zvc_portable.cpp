@@ -43,6 +43,7 @@ const ZvcKernels zvc_portable = {
     Zvc<PortableZvc>::expand,
     Zvc<PortableZvc>::count,
     Zvc<PortableZvc>::stream<stream_lines>,
+    Zvc<PortableZvc>::stream<stream_lines>,
 };
 
 }  // namespace sparsekern::cpu
