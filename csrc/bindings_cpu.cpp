@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -90,6 +92,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Unlocked());
 
+  // For what torch's own copy would not do: it hangs in a forked child, and normalises bools.
+  m.def(
+      "copy",
+      [](Address to, Address from, size_t bytes) {
+        std::memcpy(at<void>(to), at<const void>(from), bytes);
+      },
+      Unlocked());
+
   m.def(
       "zvc_expand",
       [](Address mask, Address values, int64_t values_count, Address offsets, int64_t n, int size,
@@ -103,6 +113,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &cpu::isa, "The tier in use.");
   m.def("set_isa", &cpu::set_isa, "Switch the tier; False when there is no such tier here.");
   m.def("features", &cpu::features, "CPU features the kernels ask for.");
+  m.def("cache_bytes", &cpu::cache_bytes, "The last-level cache that one core can reach.");
   m.def("sanitized", &cpu::sanitized, "Whether the address sanitizer is built in.");
   m.def("has_openmp", &cpu::has_openmp, "Whether the build is threaded.");
 }

@@ -112,6 +112,7 @@ std::vector<std::string> isas();        // what this build and this CPU can run,
 std::vector<std::string> features();    // CPU features that matter here
 std::string isa();                      // the tier in use
 bool set_isa(const std::string& name);  // false when this CPU or build has no such tier
+int64_t cache_bytes();                  // the last-level cache that one core can reach
 bool has_openmp();
 bool sanitized();  // built with the address sanitizer
 

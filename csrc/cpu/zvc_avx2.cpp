@@ -15,9 +15,9 @@ namespace {
 // Row `mask`: gather[i] is the lane of the i-th marked element; spread[i] the rank of lane i, with
 // the top bit set if it is unmarked: pshufb then writes a zero, permutevar8x32 looks at three bits.
 struct Shuffles {
-  uint8_t gather[256][8], spread[256][8];              // lanes of 1 and 4 bytes
+  uint8_t gather[256][8], spread[256][8];                // lanes of 1 and 4 bytes
   uint8_t gather_pairs[256][16], spread_pairs[256][16];  // bytes of lanes of 2
-  int32_t gather_halves[16][8], spread_halves[16][8];  // 4-byte halves of lanes of 8
+  int32_t gather_halves[16][8], spread_halves[16][8];    // 4-byte halves of lanes of 8
 };
 
 constexpr Shuffles make_shuffles() {

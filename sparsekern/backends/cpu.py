@@ -234,9 +234,13 @@ def pack_zvc(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # torch.save writes all of it.
     if x.nbytes >= _MAPPED_BYTES and sys.platform == "linux":
         return mask, _pack_mapped(x, mask, offsets), offsets
-    room = torch.empty_like(x)
+    room = x.new_empty(n)
     count = _compress(x, mask, room.data_ptr(), n, offsets)
-    return mask, room.view(-1) if count == n else room.view(-1)[:count].clone(), offsets
+    if count == n:
+        return mask, room, offsets
+    values = x.new_empty(count)
+    _cpu.copy(values.data_ptr(), room.data_ptr(), values.nbytes)
+    return mask, values, offsets
 
 
 def _pack_mapped(x: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
