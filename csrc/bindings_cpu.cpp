@@ -96,7 +96,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "copy",
       [](Address to, Address from, size_t bytes) {
-        std::memcpy(at<void>(to), at<const void>(from), bytes);
+        if (bytes > 0) std::memcpy(at<void>(to), at<const void>(from), bytes);
       },
       Unlocked());
 
@@ -109,6 +109,9 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Unlocked());
 
+  m.def(
+      "huge_pages", [](Address p, size_t bytes) { cpu::huge_pages(at<void>(p), bytes); },
+      "Ask for pages of 2 MB in memory that nobody has touched yet.");
   m.def("isas", &cpu::isas, "Tiers this build and this CPU can run, best first.");
   m.def("isa", &cpu::isa, "The tier in use.");
   m.def("set_isa", &cpu::set_isa, "Switch the tier; False when there is no such tier here.");

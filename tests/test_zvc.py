@@ -292,7 +292,7 @@ def test_past_the_cache_where_lines_are_streamed(isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_hold_storage_for_themselves_and_no_more(backend, monkeypatch, mapped, dtype):
     if mapped:
-        monkeypatch.setattr(cpu, "_MAPPED_BYTES", 1)
+        monkeypatch.setattr(cpu, "_ALWAYS_NEW_BYTES", 1)
     for density in (0, 0.3, 1):
         x = random(dtype, 50_003, density)
         mask, values, offsets = backend.pack_zvc(x)
@@ -309,7 +309,7 @@ def test_values_hold_storage_for_themselves_and_no_more(backend, monkeypatch, ma
 
 
 def test_values_of_a_large_tensor_outlive_it_and_return_their_memory(isa):
-    x = torch.zeros(cpu._MAPPED_BYTES // 4 + 1)
+    x = torch.zeros(cpu._ALWAYS_NEW_BYTES // 4 + 1)
     x[::3] = 1.5
     packed = sk.pack_zvc(x)
     assert packed.values.untyped_storage().nbytes() == -(-x.numel() // 3) * 4

@@ -7,6 +7,9 @@
 #include <pthread.h>
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -153,6 +156,15 @@ std::vector<std::string> features() {
 int64_t cache_bytes() {
   static const int64_t bytes = find_cache_bytes();
   return bytes;
+}
+
+void huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<uintptr_t>(p) + page - 1) & -page;
+  const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) & -page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 bool has_openmp() {

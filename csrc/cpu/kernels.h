@@ -60,8 +60,9 @@ struct ZvcKernels {
   // The inverse: returns the number of values used; may read up to 64 bytes past them.
   int64_t (*expand)(const void* values, const uint8_t* mask, int64_t n, int size, void* x);
   int64_t (*count)(const uint8_t* mask, int64_t n);  // of bits set in ceil(n / 8) bytes
-  // Copy up to the last border of a cache line in `to` and return the number of bytes copied. `stream` neither reads nor keeps those lines, if the tier can:
-  // a store fence must follow before another thread reads them.
+  // Copy up to the last border of a cache line in `to` and return the number of bytes copied.
+  // `stream` neither reads nor keeps those lines, if the tier can: a store fence must follow before
+  // another thread reads them.
   int64_t (*store)(void* to, const void* from, int64_t bytes);
   int64_t (*stream)(void* to, const void* from, int64_t bytes);
 };
@@ -108,11 +109,12 @@ std::string zvc_expand(const uint8_t* mask, const void* values, int64_t values_c
 
 // ---- the machine ----
 
-std::vector<std::string> isas();        // what this build and this CPU can run, best first
-std::vector<std::string> features();    // CPU features that matter here
-std::string isa();                      // the tier in use
-bool set_isa(const std::string& name);  // false when this CPU or build has no such tier
-int64_t cache_bytes();                  // the last-level cache that one core can reach
+std::vector<std::string> isas();         // what this build and this CPU can run, best first
+std::vector<std::string> features();     // CPU features that matter here
+std::string isa();                       // the tier in use
+bool set_isa(const std::string& name);   // false when this CPU or build has no such tier
+int64_t cache_bytes();                   // the last-level cache that one core can reach
+void huge_pages(void* p, size_t bytes);  // a hint, for memory that nobody has touched yet
 bool has_openmp();
 bool sanitized();  // built with the address sanitizer
 

@@ -10,13 +10,13 @@
 // on any number of threads. A thread alone knows every place and puts each piece at once.
 // Assumes: buffers of the sizes that ops.py checked, at any address.
 // Limited by: bytes from and to memory: x, values and mask where memcpy moves x twice, or three
-// times as the lines it writes are read first. Measured against the time of torch's copy_ of 64 MB
-// (Zen 5, 2 cores; 4-byte elements, one thread | two):
+// times as the lines it writes are read first. Time of torch's copy_ of 64 MB over ours (Zen 5, 2
+// cores; 4-byte elements, AVX-512, one thread | two):
 //                    50 % zeros     90 % zeros
-//     compress       @C50@     @C90@
-//     decompress     @D50@     @D90@
-// On two threads reads mixed with non-temporal writes reach 56 GB/s here, whoever moves them: 98 MB
-// at 50 % zeros take 1.75 ms of copy_'s 2.55, a bound of 1.46.
+//     compress       1.63 | 1.35    1.84 | 1.97
+//     decompress     1.53 | 1.49    2.15 | 2.41
+// On two threads reads mixed with non-temporal writes reach 56 GB/s here, whoever moves them: the
+// 98 MB of 50 % zeros take 1.75 ms of copy_'s 2.6, a bound of 1.5.
 //
 // What made the difference on this machine:
 //   * Misaligned stores of 64 bytes to lines that miss the L1 wait for each line in turn (8 cycles

@@ -9,7 +9,8 @@
 //                               end; may write up to 64 bytes past that end
 //   expand(values, mask, x)     writes 64 elements, returns where their values end; may read up to
 //                               64 bytes past that end
-// and stream_lines(to, from, bytes) for whole lines of 64 bytes, `to` on a border of one.
+// and store_lines, stream_lines(to, from, bytes): copies of whole lines of 64 bytes, `to` on the
+// border of one, through the cache or past it.
 // Fewer than 64 elements, at most once per tensor, run on the scalar code below. Addresses are of
 // bytes: nothing is assumed to be aligned.
 // Limited by: bytes. What a lane shuffle costs decides whether a tier gets there.
@@ -100,7 +101,7 @@ struct Zvc {
   }
 
   template <void (*kLines)(uint8_t*, const uint8_t*, int64_t)>
-  static int64_t stream(void* to, const void* from, int64_t bytes) {
+  static int64_t put(void* to, const void* from, int64_t bytes) {
     auto* out = static_cast<uint8_t*>(to);
     const auto* in = static_cast<const uint8_t*>(from);
     const int64_t head = -reinterpret_cast<uintptr_t>(out) & 63;

@@ -1,5 +1,14 @@
 // zvc with AVX2, which has no compress: tables give, for each mask of eight lanes (four of 8 bytes),
 // the shuffle that moves the marked lanes together, and the inverse one that spreads them.
+//
+//   x      a 0 0 b 0 0 c 0  --compare--> mask 01001001 --table--> gather 0 3 6 . . . . .
+//   values a b c . . . . .  <--shuffle-- x, gather      the tail is overwritten by the next step
+//
+// Assumes: 64 bytes past the values may be written (compress) or read (expand).
+// Limited by: instructions. In the loops, per 64 bytes of x for elements of 1, 2, 4, 8 bytes:
+// compress 87, 57, 33, 37; expand 83, 48, 26, 28. Four bytes keep up with memory (64 MB at
+// 50 % zeros, one thread: 1.32 times torch's copy_, decompress 1.35), two do not on one thread
+// (0.84, 1.06; on two threads 1.20, 1.41; Zen 5, 2 cores).
 #include "target.h"
 #if defined(__x86_64__)
 
@@ -160,8 +169,8 @@ const ZvcKernels zvc_avx2 = {
     Zvc<Avx2Zvc>::compress,
     Zvc<Avx2Zvc>::expand,
     Zvc<Avx2Zvc>::count,
-    Zvc<Avx2Zvc>::stream<store_lines>,
-    Zvc<Avx2Zvc>::stream<stream_lines>,
+    Zvc<Avx2Zvc>::put<store_lines>,
+    Zvc<Avx2Zvc>::put<stream_lines>,
 };
 
 }  // namespace sparsekern::cpu

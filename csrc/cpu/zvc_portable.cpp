@@ -1,4 +1,9 @@
-// zvc for every machine: branch-free scalar code.
+// zvc for every machine: scalar code without a branch on data, as half of all zeros are guessed wrong.
+//
+//   x  a 0 0 b   every element is written to the next place; the place moves on if it is not zero
+//
+// Limited by: instructions, about 7 per element: 0.2 to 0.4 times torch's copy_ on one thread (64 MB
+// of 2 and 4-byte elements; Zen 5, 2 cores).
 #include "zvc.h"
 
 #include "kernels.h"
@@ -32,18 +37,15 @@ struct PortableZvc {
   }
 };
 
-void stream_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
+void copy_lines(uint8_t* to, const uint8_t* from, int64_t bytes) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 }  // namespace
 
 const ZvcKernels zvc_portable = {
-    Zvc<PortableZvc>::compress,
-    Zvc<PortableZvc>::expand,
-    Zvc<PortableZvc>::count,
-    Zvc<PortableZvc>::stream<stream_lines>,
-    Zvc<PortableZvc>::stream<stream_lines>,
+    Zvc<PortableZvc>::compress,        Zvc<PortableZvc>::expand,          Zvc<PortableZvc>::count,
+    Zvc<PortableZvc>::put<copy_lines>, Zvc<PortableZvc>::put<copy_lines>,
 };
 
 }  // namespace sparsekern::cpu
