@@ -1,4 +1,4 @@
-// What every tier of the 2:4 formats needs to know, as data: element types and the masks of a tile.
+// What every tier of the 2:4 formats needs to know: element types and the masks of a tile.
 // Baseline code: include before a target region.
 #pragma once
 

@@ -10,6 +10,12 @@
 //   unpack    every byte sees its group's nibble and compares both fields with its own position:
 //             first or second value, or zero; one pshufb then spreads the values of 128 bits
 // 8-byte elements, whose group fills a vector, gather by a table of vpermd indices.
+//
+// Limited by bytes, pack on one thread by operations. Instructions per group in the inner loop
+// (GCC 12), fp32 / bf16 / int8:
+//   prune 10 / 5 / 2.8   pack 11.9 / 7.2 / 4.2   unpack 8.2 / 4.2 / 2.2   gather 3.8 / 3 / 1.8
+// Zen 5, 2 cores, 4096 x 4096 fp32 and bf16, share of Tensor.copy_'s bandwidth, 1 and 2 threads:
+//   prune 0.99-1.16   pack 0.44-1.12   unpack 0.89-0.95   gather 0.97-1.23
 #include "target.h"
 #if defined(__x86_64__)
 
