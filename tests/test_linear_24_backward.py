@@ -165,7 +165,6 @@ def test_infinities_and_nans_reach_what_keeps_them(isa):
         for M in (1, 7, 40):
             draw = Draw(dtype, exact=True)
             values, meta, dense, kept = draw.weight(10, 36)
-            # Every row keeps the bad weight's partner too, so that dense and sparse sums agree.
             values[3, 2], values[4, 5], values[9, 0] = torch.inf, -torch.inf, torch.nan
             dense = reference.unpack_24(values, meta)
             dy, x = draw(M, 10).abs() + 1, draw(M, 36)
