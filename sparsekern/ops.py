@@ -35,7 +35,7 @@ _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.
 _FLOAT8 |= {torch.float8_e8m0fnu}
 ZVC_DTYPES = FORMAT_DTYPES | _INTEGERS | _FLOAT8 | {torch.complex32, torch.complex64}
 ZVC_TILE = 4096
-_PART = 1 << 18  # elements
+_PART = 1 << 21  # elements
 
 _ops = torch.ops.sparsekern
 
@@ -765,7 +765,7 @@ def _first_dense_group(weight: Tensor) -> tuple[int, int] | None:
         return None
     K = weight.shape[-1]
     rows = weight.detach().reshape(-1, K)
-    # On the CPU in parts, whose intermediates stay in the cache.
+    # On the CPU in parts: intermediates stay in the cache, yet threads meet only a few times per part.
     step = max(1, _PART // K) if rows.device.type == "cpu" else rows.shape[0]
     for start in range(0, rows.shape[0], step):
         # Four booleans are four bytes of 0 or 1: the product's top byte is their sum.
