@@ -30,7 +30,7 @@ def layer(request) -> sk.SparseLinear:
 
 def assert_same_layer(a: nn.Module, b: nn.Module, in_features: int = 20) -> None:
     x = torch.randn(3, in_features)
-    assert torch.equal(a(x), b(x))
+    torch.testing.assert_close(a(x), b(x))  # a prepacked layer may sum in another order
     assert a.state_dict().keys() == b.state_dict().keys()
     for name, t in a.state_dict().items():
         assert torch.equal(t, b.state_dict()[name]), name
@@ -231,7 +231,7 @@ def test_prepacking_one_layer_leaves_those_it_shares_with_alone():
     d = sk.SparseLinear(8, 8)
     d.load_state_dict(b.state_dict(keep_vars=True), assign=True)
     d.prepack()
-    assert torch.equal(b(x), d(x))
+    torch.testing.assert_close(b(x), d(x))
 
 
 def test_prepacking_between_forward_and_backward_keeps_the_gradient():

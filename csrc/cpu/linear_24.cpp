@@ -38,7 +38,8 @@ void over_weight(const Linear24& a, int64_t rows, int64_t step, int threads, F f
 void by_rows(const Linear24& a, const Linear24Kernels& kernels, int threads) {
   auto* x = x_scratch.get<uint8_t>(a.M * a.K * kernels.x_bytes);
   for (int64_t m = 0; m < a.M; ++m) kernels.pack_row(a, m, x);
-  over_weight(a, a.M, 1, threads, [&](int64_t n0, int64_t n1) { kernels.rows(a, x, n0, n1); });
+  // Whole sixteens, so that which rows share a loop, and so the bits, does not depend on threads.
+  over_weight(a, a.M, 16, threads, [&](int64_t n0, int64_t n1) { kernels.rows(a, x, n0, n1); });
 }
 
 void by_tiles(const Linear24& a, const Linear24Kernels& kernels, int threads) {
