@@ -621,8 +621,6 @@ def report(results: Results, out: Path, console: Console) -> None:
 
 def _table(results: Results) -> Table:
     forms = ["dense", "pruned", "retrained", "packed"]
-    if "prepacked" in results.latency[0].ms:
-        forms.append("prepacked")
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # fits 80 columns
@@ -657,11 +655,10 @@ def _table(results: Results) -> Table:
             f: f"{_ms(t.median)} ms\n[dim]{_ms(t.p10)}–{_ms(t.p90)}[/dim]"
             for f, t in latency.ms.items()
         }
-        verdict = "\n".join(
-            _speed(s) + (f" ({f})" if len(latency.speed) > 1 else "")
-            for f, s in latency.speed.items()
-        )
-        row(f"latency, batch {latency.batch}\n[dim]median, p10–p90[/dim]", cells, verdict)
+        label = f"latency, batch {latency.batch}\n[dim]median, p10–p90[/dim]"
+        row(label, cells, _speed(latency.speed["packed"]))
+        if "prepacked" in cells:  # below, not beside: five columns do not fit
+            row("  prepacked", {"packed": cells["prepacked"]}, _speed(latency.speed["prepacked"]))
     table.add_section()
     for activation in results.activations:
         row(f"zeros after {activation.layer}", {f: f"{z:.1%}" for f, z in activation.zeros.items()})
