@@ -122,6 +122,7 @@ struct LinearRows {
 
   // Row m of x, contiguous, as the kernel reads it.
   static void pack(const Linear24& a, int64_t m, void* to) {
+    if (a.K == 0) return;  // there may be no memory at all, not even to copy nothing to
     auto* out = static_cast<X*>(to) + m * a.K;
     const int64_t row = m * a.x_stride_m;
     int64_t k = 0;
