@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -133,27 +135,19 @@ PYBIND11_MODULE(_cpu, m) {
       Unlocked());
 
   m.def(
-      "zvc_index",
-      [](Address x, int64_t n, int size, Address mask, Address offsets, int threads) {
-        return cpu::zvc_index(at<const void>(x), n, size, at<uint8_t>(mask), at<int64_t>(offsets),
-                              threads);
-      },
-      Unlocked());
-
-  m.def(
       "zvc_compress",
-      [](Address x, int64_t n, int size, Address mask, Address offsets, Address values,
-         int64_t room, int threads) {
-        cpu::zvc_compress(at<const void>(x), n, size, at<const uint8_t>(mask),
-                          at<const int64_t>(offsets), at<void>(values), room, threads);
+      [](Address x, int64_t n, int size, Address mask, Address values, int64_t room,
+         Address offsets, int threads) {
+        return cpu::zvc_compress(at<const void>(x), n, size, at<uint8_t>(mask), at<void>(values),
+                                 room, at<int64_t>(offsets), threads);
       },
       Unlocked());
 
+  // For what torch's own copy would not do: it hangs in a forked child, and normalises bools.
   m.def(
-      "zvc_check",
-      [](Address mask, Address offsets, int64_t n, int64_t values, int threads) {
-        return cpu::zvc_check(at<const uint8_t>(mask), at<const int64_t>(offsets), n, values,
-                              threads);
+      "copy",
+      [](Address to, Address from, size_t bytes) {
+        if (bytes > 0) std::memcpy(at<void>(to), at<const void>(from), bytes);
       },
       Unlocked());
 
@@ -161,15 +155,19 @@ PYBIND11_MODULE(_cpu, m) {
       "zvc_expand",
       [](Address mask, Address values, int64_t values_count, Address offsets, int64_t n, int size,
          Address x, int threads) {
-        cpu::zvc_expand(at<const uint8_t>(mask), at<const void>(values), values_count,
-                        at<const int64_t>(offsets), n, size, at<void>(x), threads);
+        return cpu::zvc_expand(at<const uint8_t>(mask), at<const void>(values), values_count,
+                               at<const int64_t>(offsets), n, size, at<void>(x), threads);
       },
       Unlocked());
 
+  m.def(
+      "huge_pages", [](Address p, size_t bytes) { cpu::huge_pages(at<void>(p), bytes); },
+      "Ask for pages of 2 MB in memory that nobody has touched yet.");
   m.def("isas", &cpu::isas, "Tiers this build and this CPU can run, best first.");
   m.def("isa", &cpu::isa, "The tier in use.");
   m.def("set_isa", &cpu::set_isa, "Switch the tier; False when there is no such tier here.");
   m.def("features", &cpu::features, "CPU features the kernels ask for.");
+  m.def("cache_bytes", &cpu::cache_bytes, "The last-level cache that one core can reach.");
   m.def("sanitized", &cpu::sanitized, "Whether the address sanitizer is built in.");
   m.def("has_openmp", &cpu::has_openmp, "Whether the build is threaded.");
 }

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +61,7 @@ def checked(backend, op: str, *args):
     return getattr(backend, op)(*args)
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 2, 3, 5])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -99,7 +103,8 @@ def test_only_all_zero_bits_are_a_zero(backend, dtype):
         odd = [0, sign, 1, sign + 1, inf, sign + inf, inf + 1, sign + inf + 2, -1, sign - 1 & -sign]
         x = torch.tensor([o if o < -sign else o + 2 * sign for o in odd], dtype=word).view(dtype)
     words = bits(x)
-    x = torch.cat([words, words.flip(0), words.new_zeros(11), words]).view(dtype)
+    # Again and again, at another lane each time.
+    x = torch.cat([words, words.flip(0), words.new_zeros(11), words]).repeat(9).view(dtype)
     _, values, _ = backend.pack_zvc(x)
     assert values.numel() == int((bits(x) != 0).sum())
     check_round_trip(backend, x)
@@ -163,6 +168,154 @@ def test_conjugate_and_negative_views_are_stored_as_what_they_show(isa):
         assert_same_bits(sk.pack_zvc(view).unpack(), plain)
         stream = torch.ops.sparsekern.pack_zvc(view)
         assert_same_bits(sk.unpack_zvc(*stream, [100]), plain)
+
+
+# ---- blocks, turns and addresses of the compiled kernels ----
+
+
+def skewed(dtype: torch.dtype, n: int) -> torch.Tensor:
+    """Stretches without zeros, of zeros only, and of both: threads come to their turns early and late."""
+    x = random(dtype, n, 0.5, seed=n)
+    for start in range(0, n, 30_000):
+        x[start : start + 9_000] = 0
+        x[start + 11_000 : start + 20_000] = random(
+            dtype, len(x[start + 11_000 : start + 20_000]), 1
+        )
+    return x
+
+
+@pytest.mark.parametrize("dtype", ONE_PER_SIZE, ids=str)
+def test_the_bytes_around_borders_of_tiles_and_blocks_are_those_of_one_thread(isa, threads, dtype):
+    tile, block = 4096, (256 << 10) // dtype.itemsize
+    for n in (
+        16 * tile,
+        40 * tile + 1,
+        5 * block - 1,
+        5 * block,
+        5 * block + 1,
+        24 * block + tile + 63,
+    ):
+        check_round_trip(cpu, skewed(dtype, n))
+
+
+def test_callers_at_once_each_get_their_own_bytes(isa, threads):
+    tensors = [skewed(dtype, 300_000 + i) for i in range(3) for dtype in ONE_PER_SIZE]
+    wanted = [pack_in_numpy(x) for x in tensors]
+
+    def pack(i: int) -> None:
+        for got, want in zip(cpu.pack_zvc(tensors[i]), wanted[i], strict=True):
+            assert_same_bits(got, want)
+        assert_same_bits(cpu.unpack_zvc(*wanted[i], [tensors[i].numel()]), tensors[i])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(pack, [*range(len(tensors))] * 3))
+
+
+def at_address(data: bytes, skew: int) -> tuple[ctypes.Array, int]:
+    """A buffer and an address in it, `skew` bytes past a cache line, where `data` lies between canaries."""
+    buffer = (ctypes.c_uint8 * (len(data) + 256)).from_buffer_copy(b"\x4d" * (len(data) + 256))
+    address = ctypes.addressof(buffer)
+    address += -address % 64 + 64 + skew
+    ctypes.memmove(address, data, len(data))
+    return buffer, address
+
+
+def around(buffer: ctypes.Array, address: int, length: int) -> tuple[bytes, bytes]:
+    """What lies at the address, and what lies around it."""
+    start, everything = address - ctypes.addressof(buffer), bytes(buffer)
+    return everything[start : start + length], everything[:start] + everything[start + length :]
+
+
+@pytest.mark.parametrize("dtype", ONE_PER_SIZE, ids=str)
+@pytest.mark.parametrize("skew", [0, 1, 4, 31, 63])
+def test_any_address_of_bytes_will_do_and_nothing_outside_is_written(isa, dtype, skew):
+    size = dtype.itemsize
+    for n, threads in ((1, 1), (200, 1), (4096 * 3 + 77, 1), (4096 * 33 + 77, 3)):
+        x = random(dtype, n, 0.6)
+        mask, values, offsets = (t.view(torch.uint8).numpy().tobytes() for t in pack_in_numpy(x))
+        data, count = x.view(torch.uint8).numpy().tobytes(), len(values) // size
+        for room in (count, count // 2):
+            source = at_address(data, skew)
+            got = [at_address(bytes(length), s) for length, s in
+                   ((len(mask), skew), (room * size, skew), (len(offsets), 0))]  # fmt: skip
+            (_, m), (_, v), (_, o) = got
+            assert cpu._cpu.zvc_compress(source[1], n, size, m, v, room, o, threads) == count
+            for at, want in zip(got, (mask, values[: room * size], offsets), strict=True):
+                inside, outside = around(*at, len(want))
+                assert inside == want
+                assert set(outside) == {0x4D}
+        back = at_address(bytes(len(data)), skew)
+        assert cpu._cpu.zvc_expand(m, v, room, o, n, size, back[1], threads) != ""  # half of values
+        v = at_address(values, 63 - skew)
+        assert cpu._cpu.zvc_expand(m, v[1], count, o, n, size, back[1], threads) == ""
+        inside, outside = around(*back, len(data))
+        assert inside == data
+        assert set(outside) == {0x4D}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_past_the_cache_where_lines_are_streamed(isa, dtype):
+    n = cpu._cpu.cache_bytes() // dtype.itemsize + 5 * 4096 + 77
+    if n * dtype.itemsize > 200 << 20:
+        n = (200 << 20) // dtype.itemsize + 77
+    x = torch.randint(1, 100, (n,), dtype=torch.uint8).to(dtype)
+    x[torch.rand(n) < 0.5] = 0
+    nonzero = x != 0
+    wanted, count = x[nonzero], int(nonzero.sum())
+    mask = torch.from_numpy(np.packbits(nonzero.numpy(), bitorder="little"))
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        offsets, got = (
+            torch.empty(-(-n // 4096), dtype=torch.int64),
+            torch.empty(1, dtype=torch.int64),
+        )
+        for room in (count, count - 1001):
+            values = torch.full((room + 130,), 77, dtype=dtype)
+            out = values[65:-65]
+            got_mask = torch.empty_like(mask)
+            cpu.pack_zvc_out(x, got_mask, out, offsets, got)
+            assert int(got) == count
+            assert torch.equal(got_mask, mask)
+            assert torch.equal(out, wanted[:room])
+            assert bool((values[:65] == 77).all() & (values[-65:] == 77).all())
+        back = torch.full((n + 130,), 77, dtype=dtype)
+        address = back.data_ptr() + 65 * dtype.itemsize
+        assert cpu._cpu.zvc_expand(mask.data_ptr(), wanted.data_ptr(), count, offsets.data_ptr(), n,
+                                   dtype.itemsize, address, threads) == ""  # fmt: skip
+        assert torch.equal(back[65:-65], x)
+        assert bool((back[:65] == 77).all() & (back[-65:] == 77).all())
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["small", "mapped"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_hold_storage_for_themselves_and_no_more(backend, monkeypatch, mapped, dtype):
+    if mapped:
+        monkeypatch.setattr(cpu, "_ALWAYS_NEW_BYTES", 1)
+    for density in (0, 0.3, 1):
+        x = random(dtype, 50_003, density)
+        mask, values, offsets = backend.pack_zvc(x)
+        assert_same_bits(values, pack_in_numpy(x)[1])
+        assert values.untyped_storage().nbytes() == values.numel() * dtype.itemsize
+        assert_same_bits(backend.unpack_zvc(mask, values, offsets, [50_003]), x)
+        saved = io.BytesIO()
+        torch.save(values, saved)
+        assert saved.tell() < values.nbytes + 4096
+        saved.seek(0)
+        assert_same_bits(torch.load(saved), values)
+        if values.numel():
+            values.view(torch.uint8).fill_(1)  # its memory can be written to
+
+
+def test_values_of_a_large_tensor_outlive_it_and_return_their_memory(isa):
+    x = torch.zeros(cpu._ALWAYS_NEW_BYTES // 4 + 1)
+    x[::3] = 1.5
+    packed = sk.pack_zvc(x)
+    assert packed.values.untyped_storage().nbytes() == -(-x.numel() // 3) * 4
+    view = packed.values[5:10]
+    del packed
+    assert view.tolist() == [1.5] * 5
 
 
 # ---- into room that the caller gives ----

@@ -5,6 +5,10 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <unistd.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -108,6 +112,32 @@ std::atomic<bool> forked{false};
 [[maybe_unused]] const int watch_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
+// ---- caches ----
+
+int64_t find_cache_bytes() {
+  constexpr int64_t kDefault = 32 << 20;
+#if defined(__x86_64__)
+  // Not sysconf: on AMD it adds up all slices of the package, 384 MB where a core reaches 32.
+  // Leaf 4 (Intel) and 0x8000001d (AMD) describe one cache per subleaf: its type in bits 4..0 of a,
+  // 0 after the last one; ways, partitions and line size, each less one, in b; sets less one in c.
+  int64_t largest = 0;
+  for (const unsigned leaf : {4u, 0x8000001du}) {
+    unsigned a, b, c, d;
+    for (unsigned i = 0; i < 8 && __get_cpuid_count(leaf, i, &a, &b, &c, &d) && (a & 31); ++i) {
+      const int64_t bytes =
+          ((b >> 22) + 1LL) * ((b >> 12 & 1023) + 1) * ((b & 4095) + 1) * (c + 1LL);
+      if (bytes > largest) largest = bytes;
+    }
+  }
+  return largest > 0 ? largest : kDefault;
+#elif defined(_SC_LEVEL3_CACHE_SIZE)
+  const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return bytes > 0 ? bytes : kDefault;
+#else
+  return kDefault;
+#endif
+}
+
 }  // namespace
 
 const Tier& tier() { return *current(); }
@@ -155,6 +185,20 @@ std::vector<std::string> features() {
   found.push_back("neon");
 #endif
   return found;
+}
+
+int64_t cache_bytes() {
+  static const int64_t bytes = find_cache_bytes();
+  return bytes;
+}
+
+void huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<uintptr_t>(p) + page - 1) & -page;
+  const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) & -page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 bool has_openmp() {

@@ -133,13 +133,19 @@ struct Gradient24Kernels {
   bool pairs;                         // bf16 as pairs
 };
 
-// One tile of at most 4096 elements of `size` bytes.
+// A part of at most one tile of `size`-byte elements, at any address.
 struct ZvcKernels {
-  int64_t (*mask)(const void* x, int64_t n, int size, uint8_t* mask);  // returns the non-zeros
-  void (*compress)(const void* x, const uint8_t* mask, int64_t n, int size,
-                   void* values);  // room for n, +64 B
-  void (*expand)(const void* values, const uint8_t* mask, int64_t n, int size,
-                 void* x);  // readable to +64 B
+  // Writes the mask and the non-zeros of x, and returns their number; may write up to 64 bytes past
+  // them.
+  int64_t (*compress)(const void* x, int64_t n, int size, uint8_t* mask, void* values);
+  // The inverse: returns the number of values used; may read up to 64 bytes past them.
+  int64_t (*expand)(const void* values, const uint8_t* mask, int64_t n, int size, void* x);
+  int64_t (*count)(const uint8_t* mask, int64_t n);  // of bits set in ceil(n / 8) bytes
+  // Copy up to the last border of a cache line in `to` and return the number of bytes copied.
+  // `stream` neither reads nor keeps those lines, if the tier can: a store fence must follow before
+  // another thread reads them.
+  int64_t (*store)(void* to, const void* from, int64_t bytes);
+  int64_t (*stream)(void* to, const void* from, int64_t bytes);
 };
 
 // Blocks of 64 elements: 16 groups, 8 bytes of meta. Nothing outside the blocks is read or written.
@@ -206,25 +212,23 @@ void gather_24(const void* dense, const uint8_t* meta, void* values, int64_t row
 void prune_24_transposable(const void* weight, void* out, int64_t rows, int64_t K, DType dtype,
                            int threads);
 
-// Writes mask[ceil(n/8)] and offsets[ceil(n/4096)] of x and returns the number of non-zero
-// elements.
-int64_t zvc_index(const void* x, int64_t n, int size, uint8_t* mask, int64_t* offsets, int threads);
-// Writes the non-zeros, those below place `room` only.
-void zvc_compress(const void* x, int64_t n, int size, const uint8_t* mask, const int64_t* offsets,
-                  void* values, int64_t room, int threads);
-// Returns an empty string, or what is wrong with the stream. Reads mask and offsets only.
-std::string zvc_check(const uint8_t* mask, const int64_t* offsets, int64_t n, int64_t values,
-                      int threads);
-// Requires a stream that zvc_check accepts.
-void zvc_expand(const uint8_t* mask, const void* values, int64_t values_count,
-                const int64_t* offsets, int64_t n, int size, void* x, int threads);
+// Writes mask[ceil(n/8)], offsets[ceil(n/4096)] and the non-zeros of x, those below place `room`
+// only, and returns how many non-zeros there are.
+int64_t zvc_compress(const void* x, int64_t n, int size, uint8_t* mask, void* values, int64_t room,
+                     int64_t* offsets, int threads);
+// Returns an empty string, or what is wrong with the stream: then x holds nothing of use. Reads
+// nothing outside the arrays whatever they hold.
+std::string zvc_expand(const uint8_t* mask, const void* values, int64_t values_count,
+                       const int64_t* offsets, int64_t n, int size, void* x, int threads);
 
 // ---- the machine ----
 
-std::vector<std::string> isas();        // what this build and this CPU can run, best first
-std::vector<std::string> features();    // CPU features that matter here
-std::string isa();                      // the tier in use
-bool set_isa(const std::string& name);  // false when this CPU or build has no such tier
+std::vector<std::string> isas();         // what this build and this CPU can run, best first
+std::vector<std::string> features();     // CPU features that matter here
+std::string isa();                       // the tier in use
+bool set_isa(const std::string& name);   // false when this CPU or build has no such tier
+int64_t cache_bytes();                   // the last-level cache that one core can reach
+void huge_pages(void* p, size_t bytes);  // a hint, for memory that nobody has touched yet
 bool has_openmp();
 bool sanitized();  // built with the address sanitizer
 

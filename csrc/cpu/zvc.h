@@ -4,12 +4,15 @@
 //   mask    1 0 0 1 0 0 1 0    one bit each, lowest bit first
 //   values  a b c              compress: marked lanes move together; expand: they spread out again
 //
-// A tier Z<Word> supplies, for kLanes elements at a time:
-//   kLanes                      a multiple of 8, so that a step is whole bytes of mask
-//   nonzero(x)                  kLanes bits
-//   compress(x, bits, out)      writes the marked lanes together, may write up to 64 bytes in all
-//   expand(values, bits, x)     reads up to 64 bytes of values, writes kLanes elements
-// Tails shorter than kLanes, at most one per tensor, run on the scalar code below.
+// A tier Z<size> supplies, for 64 elements of `size` bytes, which is one word of mask:
+//   compress(x, values, mask)   sets mask, writes the marked elements together, returns where they
+//                               end; may write up to 64 bytes past that end
+//   expand(values, mask, x)     writes 64 elements, returns where their values end; may read up to
+//                               64 bytes past that end
+// and store_lines, stream_lines(to, from, bytes): copies of whole lines of 64 bytes, `to` on the
+// border of one, through the cache or past it.
+// Fewer than 64 elements, at most once per tensor, run on the scalar code below. Addresses are of
+// bytes: nothing is assumed to be aligned.
 // Limited by: bytes. What a lane shuffle costs decides whether a tier gets there.
 #pragma once
 
@@ -19,84 +22,94 @@
 
 namespace sparsekern::cpu {
 
-template <template <class> class Z>
+template <template <int> class Z>
 struct Zvc {
-  template <class F>
-  static auto with_word(int size, F f) {
-    switch (size) {
-      case 1: return f(uint8_t{});
-      case 2: return f(uint16_t{});
-      case 4: return f(uint32_t{});
-      default: return f(uint64_t{});
-    }
-  }
-
-  template <class Word>
-  static int64_t mask_words(const Word* x, int64_t n, uint8_t* mask) {
-    constexpr int L = Z<Word>::kLanes;
-    int64_t count = 0, i = 0;
-    for (; i + L <= n; i += L) {
-      const uint64_t bits = Z<Word>::nonzero(x + i);
-      std::memcpy(mask + i / 8, &bits, L / 8);
-      count += __builtin_popcountll(bits);
+  template <int kSize>
+  static int64_t compress_sized(const uint8_t* x, int64_t n, uint8_t* mask, uint8_t* values) {
+    const uint8_t* const start = values;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+      uint64_t marked;
+      values = Z<kSize>::compress(x + i * kSize, values, marked);
+      std::memcpy(mask + i / 8, &marked, sizeof marked);
     }
     for (; i < n; i += 8) {
-      unsigned bits = 0;
-      for (int64_t j = i; j < n && j < i + 8; ++j) bits |= unsigned{x[j] != 0} << (j - i);
-      mask[i / 8] = static_cast<uint8_t>(bits);
-      count += __builtin_popcount(bits);
+      unsigned marked = 0;
+      for (int64_t j = i; j < n && j < i + 8; ++j) {
+        uint64_t word = 0;
+        std::memcpy(&word, x + j * kSize, kSize);
+        std::memcpy(values, &word, kSize);  // always written, kept when it is not zero: no branch
+        values += word != 0 ? kSize : 0;
+        marked |= unsigned{word != 0} << (j - i);
+      }
+      mask[i / 8] = static_cast<uint8_t>(marked);
     }
-    return count;
+    return (values - start) / kSize;
   }
 
-  template <class Word>
-  static void compress_words(const Word* x, const uint8_t* mask, int64_t n, Word* values) {
-    constexpr int L = Z<Word>::kLanes;
+  template <int kSize>
+  static int64_t expand_sized(const uint8_t* values, const uint8_t* mask, int64_t n, uint8_t* x) {
+    const uint8_t* const start = values;
     int64_t i = 0;
-    for (; i + L <= n; i += L) {
-      uint64_t bits = 0;
-      std::memcpy(&bits, mask + i / 8, L / 8);
-      Z<Word>::compress(x + i, bits, values);
-      values += __builtin_popcountll(bits);
+    for (; i + 64 <= n; i += 64) {
+      uint64_t marked;
+      std::memcpy(&marked, mask + i / 8, sizeof marked);
+      values = Z<kSize>::expand(values, marked, x + i * kSize);
     }
     for (; i < n; ++i) {
-      *values = x[i];  // always written, kept when the bit says so: no branch to mispredict
-      values += mask[i / 8] >> (i % 8) & 1;
+      const bool bit = mask[i / 8] >> (i % 8) & 1;
+      uint64_t word = 0;
+      std::memcpy(&word, values, kSize);
+      word = bit ? word : 0;
+      std::memcpy(x + i * kSize, &word, kSize);
+      values += bit ? kSize : 0;
+    }
+    return (values - start) / kSize;
+  }
+
+  static int64_t compress(const void* from, int64_t n, int size, uint8_t* mask, void* to) {
+    const auto* x = static_cast<const uint8_t*>(from);
+    auto* values = static_cast<uint8_t*>(to);
+    switch (size) {
+      case 1: return compress_sized<1>(x, n, mask, values);
+      case 2: return compress_sized<2>(x, n, mask, values);
+      case 4: return compress_sized<4>(x, n, mask, values);
+      default: return compress_sized<8>(x, n, mask, values);
     }
   }
 
-  template <class Word>
-  static void expand_words(const Word* values, const uint8_t* mask, int64_t n, Word* x) {
-    constexpr int L = Z<Word>::kLanes;
-    int64_t i = 0;
-    for (; i + L <= n; i += L) {
-      uint64_t bits = 0;
-      std::memcpy(&bits, mask + i / 8, L / 8);
-      Z<Word>::expand(values, bits, x + i);
-      values += __builtin_popcountll(bits);
-    }
-    for (; i < n; ++i) {
-      const unsigned bit = mask[i / 8] >> (i % 8) & 1;
-      x[i] = bit ? *values : Word{0};
-      values += bit;
+  static int64_t expand(const void* from, const uint8_t* mask, int64_t n, int size, void* to) {
+    const auto* values = static_cast<const uint8_t*>(from);
+    auto* x = static_cast<uint8_t*>(to);
+    switch (size) {
+      case 1: return expand_sized<1>(values, mask, n, x);
+      case 2: return expand_sized<2>(values, mask, n, x);
+      case 4: return expand_sized<4>(values, mask, n, x);
+      default: return expand_sized<8>(values, mask, n, x);
     }
   }
 
-  static int64_t mask(const void* x, int64_t n, int size, uint8_t* mask) {
-    return with_word(
-        size, [&](auto w) { return mask_words(static_cast<const decltype(w)*>(x), n, mask); });
+  static int64_t count(const uint8_t* mask, int64_t n) {
+    int64_t total = 0, i = 0;
+    for (; i + 64 <= n; i += 64) {
+      uint64_t marked;
+      std::memcpy(&marked, mask + i / 8, sizeof marked);
+      total += __builtin_popcountll(marked);
+    }
+    for (; i < n; i += 8) total += __builtin_popcount(mask[i / 8]);
+    return total;
   }
-  static void compress(const void* x, const uint8_t* mask, int64_t n, int size, void* values) {
-    with_word(size, [&](auto w) {
-      using Word = decltype(w);
-      compress_words(static_cast<const Word*>(x), mask, n, static_cast<Word*>(values));
-    });
-  }
-  static void expand(const void* values, const uint8_t* mask, int64_t n, int size, void* x) {
-    with_word(size, [&](auto w) {
-      using Word = decltype(w);
-      expand_words(static_cast<const Word*>(values), mask, n, static_cast<Word*>(x));
-    });
+
+  template <void (*kLines)(uint8_t*, const uint8_t*, int64_t)>
+  static int64_t put(void* to, const void* from, int64_t bytes) {
+    auto* out = static_cast<uint8_t*>(to);
+    const auto* in = static_cast<const uint8_t*>(from);
+    const int64_t head = -reinterpret_cast<uintptr_t>(out) & 63;
+    if (bytes < head) return 0;
+    std::memcpy(out, in, static_cast<size_t>(head));
+    const int64_t lines = (bytes - head) & ~int64_t{63};
+    kLines(out + head, in + head, lines);
+    return head + lines;
   }
 };
 
