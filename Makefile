@@ -8,16 +8,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+FORMATTED := $(SOURCES) $(wildcard tests/core/*.h tests/core/*.cpp)
 TESTS ?= tests sparsekern
 JOBS ?= 2
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize bench readme clean
+.PHONY: help demo test lint format sanitize portability bench readme clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
-	@echo "make lint | format | sanitize | bench | readme | clean"
+	@echo "make lint | format | sanitize | portability | bench | readme | clean"
 
 $(VENV)/tools: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,12 +40,12 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix --quiet . || true
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # The tests of the kernels on a core built with the address and undefined-behaviour sanitizers. The copy of the package
 # in build/sanitize/site comes first on the path; both runtimes are loaded before Python, which knows neither.
@@ -61,6 +62,10 @@ sanitize: $(VENV)/installed
 	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZE)/report \
 	  $(BIN)/pytest -n $(JOBS) --sanitized tests/test_formats_24.py tests/test_linear_24.py tests/test_linear_24_backward.py tests/test_zvc.py \
 	  tests/test_fuzz.py tests/test_threads.py tests/test_reference.py || { cat $(SANITIZE)/report.* ; exit 1; }
+
+# The core without Python, by every compiler here, on this CPU and on emulated ones; every buffer at a guard page.
+portability: $(VENV)/tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/core/portability
 
 # The compressors to compare with; one that cannot be installed is named as missing in the results.
 $(VENV)/bench: $(VENV)/installed
