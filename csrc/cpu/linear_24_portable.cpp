@@ -97,6 +97,7 @@ struct Portable {
   }
 
   static constexpr int kRowsKept = 4;
+  static constexpr int kWeightRows = 1;
   static I row_positions(const uint8_t* meta) {
     return I{*meta & 3, *meta >> 2 & 3, (*meta >> 4 & 3) + 4, (*meta >> 6) + 4};
   }

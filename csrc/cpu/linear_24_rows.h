@@ -43,8 +43,8 @@ struct LinearRows {
   using Mul = Multiply<T, D>;
   using X = typename Mul::X;
 
-  static constexpr int64_t kAhead = 2048;  // bytes of each row of weight
-  static constexpr int kWeightRows = 4;    // that share what is loaded of x: it comes from L2
+  static constexpr int64_t kAhead = 2048;             // bytes of each row of weight
+  static constexpr int kWeightRows = T::kWeightRows;  // that share what is loaded of x, from L2
 
   // sums[R][C] of C rows of weight from row n on with R rows of x, contiguous.
   template <int R, int C>
@@ -97,9 +97,11 @@ struct LinearRows {
     alignas(64) float bias[kFinish] = {};
     load_bias<D>(a, n0, n1, bias);
     int64_t n = n0;
-    for (; n + kWeightRows <= n1; n += kWeightRows) {
-      multiply<R, kWeightRows>(a, x + m * a.K, n,
-                               reinterpret_cast<float (*)[kFinish]>(&sums[0][n - n0]));
+    constexpr int kShare =
+        R == 1 ? 1 : kWeightRows;  // one row of x is read as one stream of weight
+    for (; n + kShare <= n1; n += kShare) {
+      multiply<R, kShare>(a, x + m * a.K, n,
+                          reinterpret_cast<float (*)[kFinish]>(&sums[0][n - n0]));
     }
     for (; n < n1; ++n)
       multiply<R, 1>(a, x + m * a.K, n, reinterpret_cast<float (*)[kFinish]>(&sums[0][n - n0]));

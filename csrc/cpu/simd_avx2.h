@@ -118,6 +118,7 @@ struct Avx2 {
   // ROWS. Eight kept slots name sixteen dense x: lanes 0-3 permute the first eight, lanes 4-7 the
   // second eight.
   static constexpr int kRowsKept = 8;
+  static constexpr int kWeightRows = 2;
   static I row_positions(const uint8_t* meta) {
     uint16_t bits;
     std::memcpy(&bits, meta, sizeof bits);

@@ -124,6 +124,7 @@ struct Avx512 {
 
   // ROWS. Sixteen kept slots name 32 dense x: ((meta >> 2 * lane) & 3) | (lane / 2 * 4).
   static constexpr int kRowsKept = 16;
+  static constexpr int kWeightRows = 4;
   static I row_positions(const uint8_t* meta) {
     const I shift = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const I group = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
