@@ -18,7 +18,8 @@ thread_local Scratch x_scratch, work_scratch;
 
 constexpr int64_t kGrain = 1 << 16;      // multiply-adds a thread is worth waking for
 constexpr int64_t kPackGrain = 1 << 15;  // elements, likewise
-constexpr int64_t kPassRows = 512;       // rows of x at a time; bounds the scratch to 512 * K fp32
+// Rows of x at a time; they bound the scratch to so many times K. The sums of a pass stay in L2.
+constexpr int64_t kTilePassRows = 1024, kPassRows = 512;
 
 int64_t l1_bytes() {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
@@ -44,14 +45,14 @@ void by_rows(const Linear24& a, const Linear24Kernels& kernels, int threads) {
 
 void by_tiles(const Linear24& a, const Linear24Kernels& kernels, int threads) {
   // Equal tiles, so that no rows of zeros are multiplied but those of the last one.
-  const int64_t rows = std::min(a.M, kPassRows);
+  const int64_t rows = std::min(a.M, kTilePassRows);
   const int64_t height = ceil_div(rows, ceil_div(rows, kernels.tile_rows));
   const int64_t depth = ceil_div(a.K, kernels.tile_span) * kernels.tile_span;
   const int64_t tile_bytes = ceil_div(height * depth * kernels.x_bytes, 64) * 64;
   auto* x = x_scratch.get<uint8_t>(ceil_div(rows, height) * tile_bytes);
   std::vector<XTile> tiles;
-  for (int64_t m = 0; m < a.M; m += kPassRows) {
-    const int64_t end = std::min(a.M, m + kPassRows);
+  for (int64_t m = 0; m < a.M; m += kTilePassRows) {
+    const int64_t end = std::min(a.M, m + kTilePassRows);
     tiles.clear();
     for (int64_t at = m; at < end; at += height) {
       tiles.push_back({x + static_cast<int64_t>(tiles.size()) * tile_bytes, at,

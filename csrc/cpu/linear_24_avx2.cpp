@@ -21,9 +21,9 @@ SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AVX2)
 namespace sparsekern::cpu {
 
 const Linear24Table linear_24_avx2 = {
-    linear_24_kernels<Avx2, DType::f32, FloatRow, FloatTile>(8, 64, 64),
-    linear_24_kernels<Avx2, DType::f16, FloatRow, FloatTile>(8, 64, 64),
-    linear_24_kernels<Avx2, DType::bf16, FloatRow, FloatTile>(8, 64, 64),
+    linear_24_kernels<Avx2, DType::f32, FloatRow, FloatTile>(8, 48, 96),
+    linear_24_kernels<Avx2, DType::f16, FloatRow, FloatTile>(8, 48, 96),
+    linear_24_kernels<Avx2, DType::bf16, FloatRow, FloatTile>(8, 48, 96),
 };
 
 }  // namespace sparsekern::cpu

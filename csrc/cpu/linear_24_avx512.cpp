@@ -21,9 +21,9 @@ SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AVX512)
 namespace sparsekern::cpu {
 
 const Linear24Table linear_24_avx512 = {
-    linear_24_kernels<Avx512, DType::f32, FloatRow, FloatTile>(8, 48, 48),
-    linear_24_kernels<Avx512, DType::f16, FloatRow, FloatTile>(8, 48, 48),
-    linear_24_kernels<Avx512, DType::bf16, FloatRow, FloatTile>(8, 48, 48),
+    linear_24_kernels<Avx512, DType::f32, FloatRow, FloatTile>(8, 96, 128),
+    linear_24_kernels<Avx512, DType::f16, FloatRow, FloatTile>(8, 96, 128),
+    linear_24_kernels<Avx512, DType::bf16, FloatRow, FloatTile>(8, 96, 128),
 };
 
 }  // namespace sparsekern::cpu

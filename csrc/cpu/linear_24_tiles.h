@@ -74,7 +74,7 @@ struct LinearTiles {
   static constexpr int kSpan = 4 * Mul::kGroups;  // x side by side
   static constexpr int kHalves = kBlock / T::kLanes;
   static constexpr int kBlocks = 8;        // blocks that share a chunk of x while it is in L1
-  static constexpr int64_t kDepth = 128;   // groups whose weights and controls stay in L2
+  static constexpr int64_t kDepth = 256;   // groups whose weights and controls stay in L2
   static constexpr int64_t kAhead = 4096;  // bytes
   static constexpr int kStreamRows = 8;
 
