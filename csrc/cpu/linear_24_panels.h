@@ -14,7 +14,9 @@
 //         for tiles of R rows         registers
 //
 // Limited by L1 loads: each fma takes its panel row from memory, and R of them share one broadcast
-// and half a load of positions.
+// and half a load of positions. The loop of eight vectors and two rows of weight, AVX-512: 16 fmas
+// from memory, 2 broadcasts, 1 load of positions, 4 integer, 4 more; bound 0.59 cycles an fma at two
+// loads a cycle, 0.69 measured in L1, 0.87 in a product of 1024 rows (Zen 5).
 #pragma once
 
 #include <utility>

@@ -6,7 +6,10 @@
 //     values  [ w0 w1 … w15 ]               one fma, then the next 16 kept
 //
 // Limited by the bytes of values and meta, each read once per call in order; from four rows of x on
-// by the permutes.
+// by the permutes, one and an fma for each vector of kept weights and row of x: a cycle (Zen 5). The
+// loop of one row of x, fp32 AVX-512, sixteen kept: 5 loads, 1 broadcast, 1 shift, 1 logic, 1
+// permute, 1 fma, 1 prefetch. One row of x reads at 77 % of the bandwidth of a plain read on one
+// thread, 88 % on two.
 #pragma once
 
 #include <algorithm>

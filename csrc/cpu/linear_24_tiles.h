@@ -13,7 +13,11 @@
 //
 // Limited by a shuffle and an fma for each kept weight and row of x, which share two of the three
 // vector ports of Zen 4 and Zen 5; at one to four rows of x by the bytes of the block, read once in
-// order.
+// order. The loop for a group and R rows of x, AVX-512:
+//     fp32   2R shuffles from memory, 2R fmas, 4 loads and shifts, 4 more; bound 0.667 cycles for a
+//            shuffle and its fma, 0.74 measured in L1, 0.8 to 0.95 in a product (Zen 5)
+//     bf16   R broadcasts, R shuffles, R dot products, 2 loads, 4 more; bound 0.667 cycles, 0.674
+//            measured in L1, 0.70 in a product of 1024 rows (Zen 5)
 #pragma once
 
 #include <utility>
