@@ -33,8 +33,10 @@ constexpr int kDxLanes = 1024;        // lanes of all panels of one pass
 constexpr int kDxDepth = 256;         // word rows per block at most
 constexpr int kDxPanelBytes = 32768;  // of a panel that L1 holds beside lists and acc
 constexpr int kDxRowsBlock = 16384;   // floats of sums in the ROWS kernel
-// PANELS: acc, the turned block, rows before they are turned. ROWS needs less.
-constexpr int64_t kDxScratch = int64_t{kDxColumns} * (kDxLanes + kDxDepth + 16 + 16);
+constexpr int64_t kDxSums = 64;  // blocks of n whose sums meet in acc; then they join a total, so
+                                 // that the error does not grow with N
+// PANELS: acc, total, the turned block, rows before they are turned. ROWS needs less.
+constexpr int64_t kDxScratch = int64_t{kDxColumns} * (2 * kDxLanes + kDxDepth + 16 + 16);
 
 template <class T, bool kPair>
 struct DxWeight {
@@ -330,11 +332,17 @@ struct DxPanels {
     }
   }
 
+  static void add(const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += T::kLanes)
+      T::store(to + i, T::add(T::load(to + i), T::load(from + i)));
+  }
+
   template <bool kPair>
   static void run_kind(const Linear24Dx& a, const Panel* panels, int count, int64_t k0, int64_t k1,
                        float* scratch) {
     const int64_t words = kPair ? ceil_div(a.N, 2) : a.N;
-    float *acc = scratch, *dense = acc + int64_t{kDxColumns} * kDxLanes;
+    float *acc = scratch, *total = acc + int64_t{kDxColumns} * kDxLanes;
+    float* dense = total + int64_t{kDxColumns} * kDxLanes;
     const int64_t fit = kDxPanelBytes / 4 / panels[0].lanes;  // panels come widest first
     const int64_t depth = fit < kDxDepth ? fit : kDxDepth;
     uint64_t masks[kDxDepth / 64 * kDxColumns];
@@ -344,7 +352,10 @@ struct DxPanels {
       const int64_t columns = k1 - k < kDxColumns ? k1 - k : kDxColumns;
       int64_t lanes = 0;
       for (int p = 0; p < count; ++p) lanes += panels[p].lanes;
-      std::memset(acc, 0, sizeof(float) * kDxColumns * lanes);
+      const int64_t sums = kDxColumns * lanes;
+      const bool split = words > kDxSums * depth;
+      std::memset(acc, 0, sizeof(float) * sums);
+      if (split) std::memset(total, 0, sizeof(float) * sums);
       for (int64_t n = 0; n < words; n += depth) {
         const int64_t rows = words - n < depth ? words - n : depth;
         build<kPair>(a, n, rows, words, k, columns, block, dense);
@@ -353,7 +364,12 @@ struct DxPanels {
           multiply_width<kPair>(panels[p].lanes, panels[p].data + n * panels[p].lanes, block,
                                 columns, at);
         }
+        if (split && (n / depth + 1) % kDxSums == 0) {
+          add(acc, sums, total);
+          std::memset(acc, 0, sizeof(float) * sums);
+        }
       }
+      if (split) add(total, sums, acc);
       const float* at = acc;
       for (int p = 0; p < count; at += kDxColumns * panels[p].lanes, ++p) {
         write(a, panels[p], at, k, columns);
