@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from .nn import SparseLinear, sparsify_
+from .offload import offload_activations
 from .ops import (
     check_24,
     is_24,
@@ -27,6 +28,7 @@ __all__ = [
     "is_24",
     "linear_24",
     "linear_24_prepacked",
+    "offload_activations",
     "pack_24",
     "pack_zvc",
     "prepack_24",

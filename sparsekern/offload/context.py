@@ -1,0 +1,573 @@
+"""The two hooks between autograd and the packed objects.
+
+What a saved tensor becomes::
+
+    autograd saves t ── _pack ─┬─ Kept    t itself: a parameter, small, dense, not ours to move
+                               └─ Saved   its shape, strides and version, and a
+                                    └─ Packed  one region of memory, written down once,
+                                         └─ Part, Part, …  on the device or on the host
+
+    backward needs t ── _unpack ─ the version check ─┬─ the original, if somebody still holds it
+                                                     └─ decoded, and viewed as t was
+
+Nothing is looked up at the end of a step and nothing has to be cleared: autograd holds what the pack hook
+returned, and when autograd lets go, everything down to the host block is freed by reference count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import codec, names, policy
+from .identity import (
+    Owned,
+    Region,
+    Version,
+    flat,
+    leaf_or_its_copy,
+    region,
+    revive,
+    storage_key,
+    unexpanded,
+)
+from .lock import LOCK
+from .stats import Stats
+from .streams import streams_of
+from .transfer import Answer, Part, Transfer
+
+TO = ("auto", "cpu", "device")
+LOOK_BACK = 64  # packed objects, to find the next ones to prefetch
+
+
+class Kept:
+    """A saved tensor left alone, and its version. Counts its memory, once per storage, unless it is a parameter's."""
+
+    __slots__ = ("_offload", "tensor", "version")
+
+    def __init__(self, t: Tensor, offload: ActivationOffload | None):
+        # Detached: an output that was kept as it is would hold the graph that holds it.
+        self.tensor = t.detach()
+        self.version = None if t.is_inference() else Version(t, self.tensor)
+        self._offload = offload
+        if offload is not None:
+            offload._keep(self.tensor, +1)
+
+    def __del__(self):
+        if getattr(self, "_offload", None) is not None:
+            self._offload._keep(self.tensor, -1)
+
+
+class Packed:
+    """One region of one storage, written down. Shared by every saved tensor that looks at it."""
+
+    __slots__ = (
+        "__weakref__",
+        "_cache",
+        "_lock",
+        "begun",
+        "codec",
+        "dtype",
+        "held",
+        "host",
+        "index",
+        "key",
+        "layout",
+        "nonzeros",
+        "offload",
+        "outcome",
+        "parts",
+        "plain",
+        "region",
+        "site",
+        "source",
+        "transfer",
+        "version",
+    )
+
+    def __init__(
+        self,
+        offload,
+        transfer: Transfer,
+        t: Tensor,
+        version: Version,
+        at: Region,
+        nbytes: int,
+        site,
+    ):
+        self.offload = offload
+        self.transfer = transfer
+        self.region = at
+        self.layout = (t.shape, t.stride()) if at.gathered else None
+        self.dtype = t.dtype
+        self.version = version
+        self.key = storage_key(t)
+        self.source = StorageWeakRef(t.untyped_storage())
+        self.site = site  # (module, policy.Site)
+        self.codec = ""
+        self.parts: list[Part] = []
+        self.nonzeros: int | None = None
+        self.begun: codec.Begun | None = None  # an encoding whose outcome is on its way
+        self.outcome: Answer | None = None
+        self.held: Tensor | None = None  # the elements themselves, as long as nothing else has them
+        self.host = False
+        self.index = next(offload._indices)
+        self.plain = nbytes
+        self._cache: tuple[StorageWeakRef, int] | None = None
+        self._lock = threading.RLock()
+        offload.stats.ledger.add(plain=self.plain)
+
+    @property
+    def numel(self) -> int:
+        return self.plain // self.dtype.itemsize
+
+    def hold(self, source: Tensor | None) -> None:
+        """Keep the elements themselves on the device, or stop doing so."""
+        change = (source is not None) - (self.held is not None)
+        self.held = source
+        if change:
+            self.offload.stats.ledger.add(device=change * self.plain)
+
+    def covers(self, t: Tensor, at: Region) -> bool:
+        """Whether this is the memory that `t` looks at, as it is now."""
+        return (
+            self.dtype is t.dtype
+            and self.version.expected == t._version
+            and self.version.unchanged()
+            and (
+                (self.region == at and self.layout == (t.shape, t.stride()))
+                if at.gathered
+                else not self.region.gathered
+                and self.region.lo <= at.lo
+                and at.hi <= self.region.hi
+            )
+        )
+
+    def elements(self) -> Tensor:
+        """The region's elements, one-dimensional: decoded, unless an earlier decoding is still in use.
+
+        Raises:
+            ValueError: the parts are corrupt.
+        """
+        with self._lock:
+            if self.held is not None:
+                return self.held
+            if self._cache is not None:
+                like = self.version.alias
+                ref, offset = self._cache
+                alive = revive(ref, like, (self.numel,), (1,), offset)
+                if alive is not None:
+                    return alive
+            parts = [p.get() for p in self.parts]
+            out = codec.decode(self.codec, parts, self.numel, self.dtype, self.nonzeros)
+            self._cache = StorageWeakRef(out.untyped_storage()), out.storage_offset()
+            return out
+
+    def prefetch(self) -> bool:
+        """Start to bring the parts back, where there is something to bring."""
+        if not self.host or self.held is not None or not self.source.expired():
+            return False
+        for part in self.parts:
+            part.fetch()
+        return True
+
+    def __del__(self):
+        if not hasattr(self, "_lock"):
+            return
+        self.hold(None)
+        self.offload.stats.ledger.add(plain=-self.plain)
+        self.offload._forget(self)
+
+
+class Saved:
+    """How one saved tensor looks at a packed object."""
+
+    __slots__ = ("offset", "packed", "size", "stride", "version")
+
+    def __init__(self, packed: Packed, t: Tensor, version: Version):
+        self.packed = packed
+        self.size = t.shape
+        self.stride = t.stride()
+        self.offset = t.storage_offset()
+        self.version = version
+
+    def tensor(self) -> Tensor:
+        """The tensor with its size, strides and bits."""
+        self.version.check()
+        packed, like = self.packed, self.version.alias
+        if packed.version.unchanged():
+            original = revive(packed.source, like, self.size, self.stride, self.offset)
+            if original is not None:
+                return original
+        elements = packed.elements()
+        if not packed.region.gathered:
+            at = elements.storage_offset() + self.offset - packed.region.lo
+            return elements.as_strided(self.size, self.stride, at)
+        span = packed.region.numel
+        out = elements.new_empty(span).as_strided(self.size, self.stride, 0)
+        part = unexpanded(out)
+        part.copy_(elements.view(part.shape))
+        return out
+
+
+class ActivationOffload:
+    """What ``sk.offload_activations`` gives: enter it around each forward pass.
+
+    Attributes:
+        stats: a :class:`~sparsekern.offload.stats.Stats`.
+    """
+
+    def __init__(
+        self,
+        to: str,
+        min_bytes: int,
+        max_host_bytes: int | None,
+        min_ratio: float,
+        prefetch: int,
+        keep: Iterable[Tensor | nn.Module],
+    ):
+        self.stats = Stats(max_host_bytes)
+        self._policy = policy.Policy(to, min_bytes, min_ratio)
+        self._prefetch = prefetch
+        self._owned = Owned()
+        for item in keep:
+            self._own(item)
+        self._indices = itertools.count()
+        self._transfers: dict[torch.device, Transfer] = {}
+        self._packed: dict[int, dict[int, weakref.ref[Packed]]] = {}  # by storage key, then index
+        self._by_index: dict[int, weakref.ref[Packed]] = {}
+        self._pending: deque[weakref.ref[Packed]] = deque()
+        self._recent: deque[weakref.ref[Packed]] = deque(maxlen=4)
+        self._kept: dict[int, int] = {}  # storage key to how many kept tensors look at it
+        self._settling = threading.Lock()
+        self._local = threading.local()
+        self._warned: set[str] = set()
+
+    # ---- the context ----
+
+    def __enter__(self) -> ActivationOffload:
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
+        self.stats.start_step()
+        self._stack().append((hooks, names.start(self._enter_model)))
+        return self
+
+    def __exit__(self, *error) -> None:
+        hooks, trace = self._stack().pop()
+        names.stop(trace)
+        hooks.__exit__(*error)
+        self._settle()
+
+    def _stack(self) -> list:
+        """Entered how often in this thread: hooks belong to a thread."""
+        if not hasattr(self._local, "stack"):
+            self._local.stack = []
+        return self._local.stack
+
+    def _own(self, item: Tensor | nn.Module) -> None:
+        if isinstance(item, nn.Module):
+            self._owned.add(itertools.chain(item.parameters(), item.buffers()))
+        else:
+            self._owned.add((item,))
+
+    def _enter_model(self, model: nn.Module) -> None:
+        """The outermost module of a forward pass: nothing of it is to be moved, and its sites are remembered."""
+        self._own(model)
+        self._policy.sites = policy.sites_of(model)
+
+    def _transfer(self, device: torch.device) -> Transfer:
+        transfer = self._transfers.get(device)
+        if transfer is None:
+            transfer = self._transfers[device] = _transfer_of(device)
+        return transfer
+
+    # ---- forward ----
+
+    def _pack(self, t: Tensor) -> Kept | Saved:
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                return self._pack_tensor(t)
+        finally:
+            self.stats.pack_seconds += time.perf_counter() - start
+
+    def _pack_tensor(self, t: Tensor) -> Kept | Saved:
+        module, _ = site_key = self._stack()[-1][1].site()
+        self.stats.count(module, seen=1)
+        reason = _foreign(t)
+        if not reason and (t in self._owned or leaf_or_its_copy(t)):
+            self.stats.count(module, kept="parameter")
+            return Kept(t, None)
+        if not reason and t.nbytes < self._policy.min_bytes:
+            reason = "small"
+        if reason:
+            return self._leave(t, module, reason)
+        at, version = region(t), Version(t)
+        packed = self._find(t, at)
+        if packed is not None:
+            self.stats.count(module, shared=1)
+            return Saved(packed, t, version)
+        source = flat(t.detach(), at)
+        transfer = self._transfer(t.device)
+        site = self._policy.site(site_key)
+        plan = self._policy.plan(source, site, transfer.streams, transfer.ask)
+        if plan.codec is None:
+            return self._leave(t, module, plan.reason)
+        packed = Packed(self, transfer, t, version, at, source.nbytes, (module, site))
+        packed.host = plan.host
+        if not self._encode(packed, source, plan):
+            return self._leave(t, module, "no gain")
+        with LOCK:
+            self._packed.setdefault(packed.key, {})[packed.index] = weakref.ref(packed)
+            self._by_index[packed.index] = weakref.ref(packed)
+        self._settle()
+        return Saved(packed, t, version)
+
+    def _leave(self, t: Tensor, module: str, reason: str) -> Kept:
+        self.stats.count(module, kept=reason)
+        return Kept(t, self)
+
+    def _find(self, t: Tensor, at: Region) -> Packed | None:
+        with LOCK:
+            candidates = [ref() for ref in self._packed.get(storage_key(t), {}).values()]
+        return next((p for p in candidates if p is not None and p.covers(t, at)), None)
+
+    def _encode(self, packed: Packed, source: Tensor, plan: policy.Plan) -> bool:
+        """Write it down as planned. False if that gained nothing."""
+        transfer = packed.transfer
+        if plan.codec == "raw":
+            return self._finish(packed, codec.Encoded("raw", (source,)), source)
+        if transfer.streams.asynchronous:
+            packed.begun = codec.begin(plan.codec, source, room=plan.room, dtype=plan.narrow)
+            packed.outcome = transfer.ask(packed.begun.outcome)
+            packed.hold(source)
+            self._pending.append(weakref.ref(packed))
+            return True
+        if plan.codec == "zvc":
+            encoded = codec.zvc(source)
+        elif plan.codec == "bits":
+            encoded = codec.bits(source)
+        else:
+            encoded = codec.narrow(source, plan.narrow)
+        return self._finish(packed, encoded, source)
+
+    def _finish(self, packed: Packed, encoded: codec.Encoded, source: Tensor) -> bool:
+        """Give a packed object its parts, and move them where they belong.
+
+        False where they came out no smaller, or raw ones found no room on the host: the tensor is to be
+        left alone.
+        """
+        module, site = packed.site
+        ledger, transfer = self.stats.ledger, packed.transfer
+        if encoded.nonzeros is not None:
+            units = codec.bit_view(source).numel()
+            site.saw(encoded.nonzeros / units)
+            self.stats.count(module, elements=units, nonzeros=encoded.nonzeros)
+        after = sum(p.nbytes for p in encoded.parts)
+        if encoded.codec != "raw" and after * self._policy.min_ratio > packed.plain:
+            if not packed.host:
+                return False
+            encoded = codec.Encoded("raw", (source,))
+        shared = self._same_mask(encoded, transfer)
+        parts = [Part(p, transfer, ledger) for p in encoded.parts[len(shared) :]]
+        if packed.host:
+            for part in parts:
+                refusal = part.move_out()
+                if refusal:
+                    self._retreat(refusal)
+                    if encoded.codec == "raw":
+                        return False
+                elif transfer.streams.asynchronous and not part.pinned:
+                    self._retreat(
+                        "pinned host memory was refused: copies to pageable memory are slower"
+                    )
+        packed.codec, packed.nonzeros = encoded.codec, encoded.nonzeros
+        packed.parts = [*shared, *parts]
+        if encoded.codec == "zvc" and not transfer.streams.asynchronous:
+            self._recent.append(weakref.ref(packed))
+        self.stats.count(
+            module,
+            packed=encoded.codec,
+            bytes_before=packed.plain,
+            bytes_after=sum(p.nbytes for p in parts),
+        )
+        return True
+
+    def _same_mask(self, encoded: codec.Encoded, transfer: Transfer) -> list[Part]:
+        """Mask and offsets of a tensor packed just before that has its zeros at the same places: x and x·x.
+
+        Only where comparing them costs nothing to wait for.
+        """
+        if encoded.codec != "zvc" or transfer.streams.asynchronous:
+            return []
+        mask = encoded.parts[0]
+        for ref in self._recent:
+            other = ref()
+            if (
+                other is not None
+                and other.transfer is transfer
+                and other.nonzeros == encoded.nonzeros
+                and other.parts[0].nbytes == mask.nbytes
+                and torch.equal(other.parts[0].here(), mask)
+            ):
+                return other.parts[:2]
+        return []
+
+    def _retreat(self, why: str) -> None:
+        with LOCK:
+            self.stats.retreats[why] += 1
+            if why in self._warned:
+                return
+            self._warned.add(why)
+        warnings.warn(
+            f"offload_activations: {why}; stats.retreats counts how often",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _settle(self) -> None:
+        """Finish encodings whose outcome has arrived; wait for the oldest while too much is held for them."""
+        if not self._settling.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            while self._pending:
+                packed = self._pending[0]()
+                if packed is not None:
+                    waiting = (ref() for ref in tuple(self._pending))
+                    held = sum(p.plain for p in waiting if p is not None)
+                    if not packed.outcome.ready() and held <= packed.transfer.ahead:
+                        return
+                    self._outcome(packed)
+                self._pending.popleft()
+        finally:
+            self._settling.release()
+
+    def _outcome(self, packed: Packed) -> None:
+        start = time.perf_counter()
+        nonzeros, wrong = packed.outcome.values()
+        self.stats.wait_seconds += time.perf_counter() - start
+        module, site = packed.site
+        source = packed.held
+        encoded = codec.finish(packed.begun, nonzeros, wrong)
+        if (
+            encoded is None
+        ):  # the site's memory was wrong: this tensor goes raw, the next one knows better
+            site.looked = False
+            if packed.begun.encoded.codec == "zvc":
+                site.saw(nonzeros / codec.bit_view(source).numel())
+            if packed.host:
+                encoded = codec.Encoded("raw", (source,))
+        packed.begun = packed.outcome = None
+        if encoded is not None and self._finish(packed, encoded, source):
+            packed.hold(None)
+        else:
+            self.stats.count(module, kept="no gain")
+
+    # ---- backward ----
+
+    def _unpack(self, saved: Kept | Saved) -> Tensor:
+        start = time.perf_counter()
+        try:
+            if isinstance(saved, Kept):
+                if saved.version is not None:
+                    saved.version.check()
+                return saved.tensor
+            with torch.no_grad():
+                out = saved.tensor()
+                self._look_ahead(saved.packed)
+                return out
+        finally:
+            self.stats.unpack_seconds += time.perf_counter() - start
+
+    def _look_ahead(self, packed: Packed) -> None:
+        """Backward goes the way back: start on what was packed before this."""
+        if not packed.transfer.streams.asynchronous:
+            return
+        packed.transfer.sweep()
+        self._settle()
+        left = self._prefetch
+        for index in range(packed.index - 1, max(packed.index - 1 - LOOK_BACK, -1), -1):
+            if not left:
+                return
+            ref = self._by_index.get(index)
+            before = None if ref is None else ref()
+            if before is not None and before.transfer is packed.transfer and before.prefetch():
+                left -= 1
+
+    # ---- called by what is dying ----
+
+    def _keep(self, t: Tensor, change: int) -> None:
+        if t.layout is not torch.strided or type(t) is not Tensor:
+            return
+        key = storage_key(t)
+        with LOCK:
+            before = self._kept.get(key, 0)
+            after = before + change
+            if after:
+                self._kept[key] = after
+            else:
+                del self._kept[key]
+        if not before or not after:
+            nbytes = change * t.untyped_storage().nbytes()
+            self.stats.ledger.add(plain=nbytes, device=nbytes)
+
+    def _forget(self, packed: Packed) -> None:
+        with LOCK:
+            self._by_index.pop(packed.index, None)
+            of_storage = self._packed.get(packed.key, {})
+            of_storage.pop(packed.index, None)
+            if not of_storage:
+                self._packed.pop(packed.key, None)
+
+
+def _foreign(t: Tensor) -> str:
+    """Why a saved tensor is not ours to write down, or ""."""
+    if type(t) is not Tensor and type(t) is not nn.Parameter:
+        return "subclass"
+    if t.layout is not torch.strided or t.is_quantized:
+        return "layout"
+    if t.is_inference():
+        return "inference"
+    if t.is_conj() or t.is_neg():
+        return "conjugate view"
+    if t.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return "no memory"
+    if t.numel() == 0:
+        return "small"
+    if t.element_size() not in (1, 2, 4, 8, 16):
+        return "element size"
+    return ""
+
+
+_transfers: dict[torch.device, Transfer] = {}  # pinned memory is slow to get and is kept
+
+
+def _transfer_of(device: torch.device) -> Transfer:
+    with LOCK:
+        if device not in _transfers:
+            _transfers[device] = Transfer(streams_of(device))
+        return _transfers[device]
+
+
+@contextlib.contextmanager
+def transfers(**replaced: Transfer):
+    """For tests: other transfers, by device type, for contexts made inside."""
+    with LOCK:
+        before = dict(_transfers)
+        _transfers.update({torch.device(name): t for name, t in replaced.items()})
+    try:
+        yield
+    finally:
+        with LOCK:
+            _transfers.clear()
+            _transfers.update(before)

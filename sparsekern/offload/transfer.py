@@ -1,0 +1,248 @@
+"""Bytes on their way: from the device to the host and back, ordered by events.
+
+The rules, each with the failure it prevents:
+
+1. A copy waits for the compute stream before it reads what that stream writes.
+2. Its source is kept until compute has been ordered behind the copy: a freed source would be handed
+   to the next kernel while the copy still reads it.
+3. The target of a reload is allocated on the compute stream and the copy waits for that stream, as the
+   memory may still be in use there; the copy back also waits for the copy out of the same block.
+4. Compute waits for the reload's event at its first use, on the stream that uses it.
+5. A host block, or a reload nobody used, returns to its pool only when the events on it have happened.
+6. Streams are asked for at every use, never remembered: backward may run on other ones, in other threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from .host import Block, HostPool
+from .lock import LOCK
+from .streams import Streams
+
+AHEAD = 256 << 20  # bytes of sources that may wait for their copies before compute waits for them
+
+
+class Transfer:
+    """The two copy directions of one device, the host pool behind them and what is in flight."""
+
+    def __init__(self, streams: Streams, pool: HostPool | None = None, ahead: int = AHEAD):
+        self.streams = streams
+        self.pool = HostPool(streams.pin, streams.unpin) if pool is None else pool
+        self.ahead = ahead
+        self._stash: deque[tuple[object, Tensor, object]] = deque()  # (copied, source, its stream)
+        self._stashed = 0
+        self._limbo: list[tuple[list, object]] = []  # (events, block or tensor): dead, still in use
+
+    def out(self, source: Tensor) -> tuple[Block, object] | None:
+        """Start copying to the host. The block and the event of its arrival, or None where there is no room."""
+        self.sweep()
+        block = self.pool.take(source.nbytes)
+        if block is None:
+            return None
+        s = self.streams
+        try:
+            compute, side = s.current(), s.side("out")
+            s.wait(side, s.record(compute))
+            s.copy(block.tensor, source.view(torch.uint8), side)
+            copied = s.record(side)
+        except BaseException:
+            self.pool.give(block)
+            raise
+        if s.asynchronous:
+            with LOCK:
+                self._stash.append((copied, source, compute))
+                self._stashed += source.nbytes
+            self._unstash()
+        return block, copied
+
+    def back(self, block: Block, arrived, dtype: torch.dtype, device: torch.device) -> Reload:
+        """Start copying a block to the device."""
+        s = self.streams
+        compute = s.current()
+        target = torch.empty(block.nbytes // dtype.itemsize, dtype=dtype, device=device)
+        side = s.side("in")
+        s.wait(side, s.record(compute))
+        s.wait(side, arrived)
+        s.copy(target.view(torch.uint8), block.tensor, side)
+        return Reload(target, compute, s.record(side))
+
+    def use(self, reload: Reload) -> Tensor:
+        """The reloaded bytes, on the current stream."""
+        s = self.streams
+        compute = s.current()
+        s.wait(compute, reload.arrived)
+        if compute != reload.allocated_on:
+            s.used_on(reload.tensor, compute)
+        return reload.tensor
+
+    def ask(self, scalars: Tensor) -> Answer:
+        """Send a few int64 to the host, behind what is on the compute stream now, without waiting."""
+        return Answer(self, scalars)
+
+    def retire(self, events: list, what: Block | Tensor) -> None:
+        """Free a block, or the target of a reload, once the events have happened."""
+        if all(self.streams.done(e) for e in events):
+            if isinstance(what, Block):
+                self.pool.give(what)
+            return
+        with LOCK:
+            self._limbo.append((events, what))
+
+    def sweep(self) -> None:
+        """Free what has become free."""
+        with LOCK:
+            limbo, self._limbo = self._limbo, []
+        for events, what in limbo:
+            self.retire(events, what)
+        self._unstash()
+
+    def _unstash(self) -> None:
+        s = self.streams
+        with LOCK:
+            while self._stash and s.done(self._stash[0][0]):
+                self._stashed -= self._stash.popleft()[1].nbytes
+            while self._stashed > self.ahead:
+                copied, source, compute = self._stash.popleft()
+                self._stashed -= source.nbytes
+                s.wait(compute, copied)  # compute waits, the host does not
+
+    @property
+    def in_flight(self) -> int:
+        """Sources and dead targets that copies still hold."""
+        return len(self._stash) + len(self._limbo)
+
+
+class Reload:
+    """A block on its way back."""
+
+    __slots__ = ("allocated_on", "arrived", "tensor")
+
+    def __init__(self, tensor: Tensor, allocated_on, arrived):
+        self.tensor = tensor
+        self.allocated_on = allocated_on
+        self.arrived = arrived
+
+
+class Answer:
+    """A few int64 on their way from the device."""
+
+    __slots__ = ("_arrived", "_block", "_transfer", "_values")
+
+    def __init__(self, transfer: Transfer, scalars: Tensor):
+        s = transfer.streams
+        self._transfer = transfer
+        self._block = transfer.pool.take(scalars.nbytes) if s.asynchronous else None
+        self._values: list[int] | None = None
+        if self._block is None:
+            self._values = scalars.tolist()
+            return
+        compute = s.current()
+        s.copy(self._block.tensor, scalars.view(torch.uint8), compute)
+        self._arrived = s.record(compute)
+
+    def ready(self) -> bool:
+        return self._values is not None or self._transfer.streams.done(self._arrived)
+
+    def values(self) -> list[int]:
+        """Blocks the host until they are here."""
+        if self._values is None:
+            self._transfer.streams.synchronize(self._arrived)
+            self._values = self._block.tensor.view(torch.int64).tolist()
+        return self._values
+
+    def __del__(self):
+        if getattr(self, "_block", None) is not None:
+            self._transfer.retire([self._arrived], self._block)
+
+
+class Part:
+    """One array of an encoded tensor, on the device or on the host, for as long as somebody needs it.
+
+    Several packed objects may hold the same part.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_arrived",
+        "_block",
+        "_ledger",
+        "_lock",
+        "_reload",
+        "_reloads",
+        "_tensor",
+        "_transfer",
+        "device",
+        "dtype",
+        "nbytes",
+    )
+
+    def __init__(self, tensor: Tensor, transfer: Transfer, ledger):
+        self._tensor: Tensor | None = tensor
+        self._transfer = transfer
+        self._ledger = ledger
+        self._block: Block | None = None
+        self._arrived = None
+        self._reload: Reload | None = None
+        self._reloads: list = []  # events of copies that read the block
+        self._lock = threading.RLock()
+        self.dtype, self.device, self.nbytes = tensor.dtype, tensor.device, tensor.nbytes
+        ledger.add(device=self.nbytes)
+
+    def move_out(self) -> str:
+        """To the host. Why it stays on the device, or "" if it went."""
+        if not self._ledger.reserve_host(self.nbytes):
+            return "host bytes are at max_host_bytes: what comes stays on the device"
+        moved = None
+        try:
+            moved = self._transfer.out(self._tensor)
+        finally:
+            if moved is None:
+                self._ledger.add(host=-self.nbytes)
+        if moved is None:
+            return "the host has no memory left: what comes stays on the device"
+        self._block, self._arrived = moved
+        self._tensor = None
+        self._ledger.add(device=-self.nbytes)
+        return ""
+
+    @property
+    def pinned(self) -> bool:
+        return self._block is not None and self._block.pinned
+
+    def here(self) -> Tensor:
+        """The array where it is now, for a device whose copies are done at once."""
+        return self._tensor if self._block is None else self._block.tensor.view(self.dtype)
+
+    def fetch(self) -> None:
+        """Start bringing it back, if it is not here or on its way."""
+        with self._lock:
+            if self._block is None or self._reload is not None:
+                return
+            transfer = self._transfer
+            self._reload = transfer.back(self._block, self._arrived, self.dtype, self.device)
+            self._reloads = [e for e in self._reloads if not transfer.streams.done(e)]
+            self._reloads.append(self._reload.arrived)
+
+    def get(self) -> Tensor:
+        """The array on the device, for the current stream. Not kept here: a second call reloads."""
+        with self._lock:
+            if self._block is None:
+                return self._tensor
+            self.fetch()
+            reload, self._reload = self._reload, None
+            return self._transfer.use(reload)
+
+    def __del__(self):
+        block = getattr(self, "_block", None)
+        if block is not None:
+            if self._reload is not None:
+                self._transfer.retire([self._reload.arrived], self._reload.tensor)
+            self._transfer.retire([self._arrived, *self._reloads], block)
+            self._ledger.add(host=-self.nbytes)
+        elif getattr(self, "_tensor", None) is not None:
+            self._ledger.add(device=-self.nbytes)
