@@ -44,7 +44,7 @@ from .identity import (
 from .lock import LOCK
 from .stats import Stats
 from .streams import streams_of
-from .transfer import Answer, Part, Transfer
+from .transfer import Answer, Part, Room, Transfer
 
 TO = ("auto", "cpu", "device")
 LOOK_BACK = 64  # packed objects, to find the next ones to prefetch
@@ -89,6 +89,7 @@ class Packed:
         "parts",
         "plain",
         "region",
+        "room",
         "site",
         "source",
         "transfer",
@@ -117,7 +118,8 @@ class Packed:
         self.codec = ""
         self.parts: list[Part] = []
         self.nonzeros: int | None = None
-        self.begun: codec.Begun | None = None  # an encoding whose outcome is on its way
+        self.room: Room | None = None  # of an encoding whose outcome is on its way
+        self.begun: codec.Begun | None = None
         self.outcome: Answer | None = None
         self.held: Tensor | None = None  # the elements themselves, as long as nothing else has them
         self.host = False
@@ -168,7 +170,9 @@ class Packed:
                 alive = revive(ref, like, (self.numel,), (1,), offset)
                 if alive is not None:
                     return alive
-            parts = [p.get() for p in self.parts]
+            # What decodes to new memory may read the host's own where it lies.
+            in_place = self.codec != "raw" and not self.transfer.streams.asynchronous
+            parts = [p.here() if in_place else p.get() for p in self.parts]
             out = codec.decode(self.codec, parts, self.numel, self.dtype, self.nonzeros)
             self._cache = StorageWeakRef(out.untyped_storage()), out.storage_offset()
             return out
@@ -268,6 +272,12 @@ class ActivationOffload:
         hooks.__exit__(*error)
         self._settle()
 
+    def trim(self) -> None:
+        """Return host memory that nothing is in to the system. It is kept for the next step otherwise."""
+        for transfer in self._transfers.values():
+            transfer.sweep()
+            transfer.pool.trim()
+
     def _stack(self) -> list:
         """Entered how often in this thread: hooks belong to a thread."""
         if not hasattr(self._local, "stack"):
@@ -347,19 +357,16 @@ class ActivationOffload:
         transfer = packed.transfer
         if plan.codec == "raw":
             return self._finish(packed, codec.Encoded("raw", (source,)), source)
+        packed.room = Room(transfer, source.device)
+        packed.begun = codec.begin(
+            plan.codec, source, packed.room.empty, room=plan.room, dtype=plan.narrow
+        )
+        packed.outcome = transfer.ask(packed.begun.outcome)
         if transfer.streams.asynchronous:
-            packed.begun = codec.begin(plan.codec, source, room=plan.room, dtype=plan.narrow)
-            packed.outcome = transfer.ask(packed.begun.outcome)
             packed.hold(source)
             self._pending.append(weakref.ref(packed))
             return True
-        if plan.codec == "zvc":
-            encoded = codec.zvc(source)
-        elif plan.codec == "bits":
-            encoded = codec.bits(source)
-        else:
-            encoded = codec.narrow(source, plan.narrow)
-        return self._finish(packed, encoded, source)
+        return self._outcome(packed, source)
 
     def _finish(self, packed: Packed, encoded: codec.Encoded, source: Tensor) -> bool:
         """Give a packed object its parts, and move them where they belong.
@@ -379,7 +386,11 @@ class ActivationOffload:
                 return False
             encoded = codec.Encoded("raw", (source,))
         shared = self._same_mask(encoded, transfer)
-        parts = [Part(p, transfer, ledger) for p in encoded.parts[len(shared) :]]
+        if encoded.codec == "raw":
+            parts = [Part(source, transfer, ledger)]
+        else:
+            own = range(len(shared), len(encoded.parts))
+            parts = [packed.room.part(i, encoded.parts[i], ledger) for i in own]
         if packed.host:
             for part in parts:
                 refusal = part.move_out()
@@ -447,17 +458,17 @@ class ActivationOffload:
                     held = sum(p.plain for p in waiting if p is not None)
                     if not packed.outcome.ready() and held <= packed.transfer.ahead:
                         return
-                    self._outcome(packed)
+                    self._outcome(packed, packed.held)
                 self._pending.popleft()
         finally:
             self._settling.release()
 
-    def _outcome(self, packed: Packed) -> None:
+    def _outcome(self, packed: Packed, source: Tensor) -> bool:
+        """Take what came out, or see that the elements themselves stay. False for the latter."""
         start = time.perf_counter()
         nonzeros, wrong = packed.outcome.values()
         self.stats.wait_seconds += time.perf_counter() - start
         module, site = packed.site
-        source = packed.held
         encoded = codec.finish(packed.begun, nonzeros, wrong)
         if (
             encoded is None
@@ -467,11 +478,13 @@ class ActivationOffload:
                 site.saw(nonzeros / codec.bit_view(source).numel())
             if packed.host:
                 encoded = codec.Encoded("raw", (source,))
-        packed.begun = packed.outcome = None
-        if encoded is not None and self._finish(packed, encoded, source):
+        done = encoded is not None and self._finish(packed, encoded, source)
+        packed.begun = packed.outcome = packed.room = None
+        if done:
             packed.hold(None)
-        else:
+        elif packed.transfer.streams.asynchronous:
             self.stats.count(module, kept="no gain")
+        return done
 
     # ---- backward ----
 

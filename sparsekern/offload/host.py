@@ -132,6 +132,16 @@ class HostPool:
         with LOCK:
             block.slab.give(block.at, block.reserved)
 
+    def shrink(self, block: Block, nbytes: int) -> None:
+        """Keep the first `nbytes` of a block only."""
+        reserve = max(ALIGN, -(-nbytes // ALIGN) * ALIGN)
+        with LOCK:
+            if reserve < block.reserved:
+                block.slab.give(block.at + reserve, block.reserved - reserve)
+                block.reserved = reserve
+            block.tensor = block.tensor[:nbytes]
+            block.nbytes = nbytes
+
     def trim(self) -> None:
         """Return slabs that no block is in to the operating system."""
         with LOCK:

@@ -160,6 +160,46 @@ class Answer:
             self._transfer.retire([self._arrived], self._block)
 
 
+class Room:
+    """Where the parts of one encoding are written.
+
+    On a device, its own memory. Where the device is the host itself, blocks of the pool: they are warm
+    from the last step, and a block is cut to size in place.
+    """
+
+    def __init__(self, transfer: Transfer, device: torch.device):
+        self._transfer = transfer
+        self._device = device
+        self._blocks: list[Block | None] = []
+
+    def empty(self, n: int, dtype: torch.dtype) -> Tensor:
+        block = None
+        if not self._transfer.streams.asynchronous:
+            block = self._transfer.pool.take(n * dtype.itemsize)
+        self._blocks.append(block)
+        if block is None:
+            return torch.empty(n, dtype=dtype, device=self._device)
+        return block.tensor.view(dtype)
+
+    def part(self, i: int, array: Tensor, ledger) -> Part:
+        """The i-th array made here, or its beginning, as a part that owns it."""
+        block, self._blocks[i] = self._blocks[i], None
+        if block is None:
+            whole = array.untyped_storage().nbytes()
+            return Part(
+                array.clone() if array.nbytes < whole - whole // 8 else array,
+                self._transfer,
+                ledger,
+            )
+        self._transfer.pool.shrink(block, array.nbytes)
+        return Part(array, self._transfer, ledger, block)
+
+    def __del__(self):
+        for block in getattr(self, "_blocks", ()):
+            if block is not None:
+                self._transfer.pool.give(block)
+
+
 class Part:
     """One array of an encoded tensor, on the device or on the host, for as long as somebody needs it.
 
@@ -181,11 +221,11 @@ class Part:
         "nbytes",
     )
 
-    def __init__(self, tensor: Tensor, transfer: Transfer, ledger):
-        self._tensor: Tensor | None = tensor
+    def __init__(self, tensor: Tensor, transfer: Transfer, ledger, block: Block | None = None):
+        self._tensor: Tensor | None = tensor  # None once it is on the host
         self._transfer = transfer
         self._ledger = ledger
-        self._block: Block | None = None
+        self._block = block  # its memory, where that is the host's
         self._arrived = None
         self._reload: Reload | None = None
         self._reloads: list = []  # events of copies that read the block
@@ -197,15 +237,16 @@ class Part:
         """To the host. Why it stays on the device, or "" if it went."""
         if not self._ledger.reserve_host(self.nbytes):
             return "host bytes are at max_host_bytes: what comes stays on the device"
-        moved = None
-        try:
-            moved = self._transfer.out(self._tensor)
-        finally:
+        if self._block is None:
+            moved = None
+            try:
+                moved = self._transfer.out(self._tensor)
+            finally:
+                if moved is None:
+                    self._ledger.add(host=-self.nbytes)
             if moved is None:
-                self._ledger.add(host=-self.nbytes)
-        if moved is None:
-            return "the host has no memory left: what comes stays on the device"
-        self._block, self._arrived = moved
+                return "the host has no memory left: what comes stays on the device"
+            self._block, self._arrived = moved
         self._tensor = None
         self._ledger.add(device=-self.nbytes)
         return ""
@@ -215,13 +256,13 @@ class Part:
         return self._block is not None and self._block.pinned
 
     def here(self) -> Tensor:
-        """The array where it is now, for a device whose copies are done at once."""
-        return self._tensor if self._block is None else self._block.tensor.view(self.dtype)
+        """The array where it lies now. On a device with streams, only one that has not moved."""
+        return self._tensor if self._tensor is not None else self._block.tensor.view(self.dtype)
 
     def fetch(self) -> None:
         """Start bringing it back, if it is not here or on its way."""
         with self._lock:
-            if self._block is None or self._reload is not None:
+            if self._tensor is not None or self._reload is not None:
                 return
             transfer = self._transfer
             self._reload = transfer.back(self._block, self._arrived, self.dtype, self.device)
@@ -231,18 +272,20 @@ class Part:
     def get(self) -> Tensor:
         """The array on the device, for the current stream. Not kept here: a second call reloads."""
         with self._lock:
-            if self._block is None:
+            if self._tensor is not None:
                 return self._tensor
             self.fetch()
             reload, self._reload = self._reload, None
             return self._transfer.use(reload)
 
     def __del__(self):
-        block = getattr(self, "_block", None)
-        if block is not None:
-            if self._reload is not None:
-                self._transfer.retire([self._reload.arrived], self._reload.tensor)
-            self._transfer.retire([self._arrived, *self._reloads], block)
+        if not hasattr(self, "_lock"):
+            return
+        if self._reload is not None:
+            self._transfer.retire([self._reload.arrived], self._reload.tensor)
+        if self._block is not None:
+            self._transfer.retire([self._arrived, *self._reloads], self._block)
+        if self._tensor is None:
             self._ledger.add(host=-self.nbytes)
-        elif getattr(self, "_tensor", None) is not None:
+        else:
             self._ledger.add(device=-self.nbytes)
