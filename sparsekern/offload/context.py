@@ -316,7 +316,7 @@ class ActivationOffload:
         self.stats.count(module, seen=1)
         reason = _foreign(t)
         if not reason and (t in self._owned or leaf_or_its_copy(t)):
-            self.stats.count(module, kept="parameter")
+            self.stats.count(module, kept="param")
             return Kept(t, None)
         if not reason and t.nbytes < self._policy.min_bytes:
             reason = "small"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from .lock import LOCK
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
     from rich.table import Table
 
 STEPS = 1000  # of history
@@ -87,7 +88,12 @@ class Ledger:
                 self.now[name] += change
                 self.peak[name] = max(self.peak[name], self.now[name])
             if self.curve is not None:
-                self.curve.append((self.now["plain"], self.now["device"], self.now["host"]))
+                self.curve.append((time.perf_counter(), *self.now.values()))
+
+    def record(self) -> list[tuple[float, int, int, int]]:
+        """From now on keep (seconds of perf_counter, plain, device, host) at every change, in the list returned."""
+        self.curve = [(time.perf_counter(), *self.now.values())]
+        return self.curve
 
     def reserve_host(self, nbytes: int) -> bool:
         """Count `nbytes` on the host, or say that they would be past the cap."""
@@ -160,36 +166,30 @@ class Stats:
         }
 
     def table(self) -> Table:
-        """A rich table: a row a module, the total last."""
+        """A rich table: a row a module, the total last; numbers of tensors and bytes are means over the steps."""
         from rich import box
         from rich.table import Table
 
-        peak = self.ledger.peak
+        peak, steps = self.ledger.peak, max(len(self.steps), 1)
         table = Table(
             box=box.SIMPLE_HEAD,
             caption=(
-                f"saved at the peak: {_mb(peak['plain'])} without, {_mb(peak['device'])} on the device and "
-                f"{_mb(peak['host'])} on the host with; in the hooks {self.pack_seconds:.2f} s forward, "
-                f"{self.unpack_seconds:.2f} s backward"
-                + "".join(f"; {why}: {n}" for why, n in self.retreats.items())
+                f"per step, mean of {steps}. Saved at the peak: {_mb(peak['plain'])} without, "
+                f"{_mb(peak['device'])} on the device and {_mb(peak['host'])} on the host with. In the hooks: "
+                f"{self.pack_seconds / steps * 1e3:.1f} ms forward, {self.unpack_seconds / steps * 1e3:.1f} ms backward."
+                + "".join(f" {why}: {n}." for why, n in self.retreats.items())
             ),
             caption_justify="left",
         )
-        for name, justify in (
-            ("module", "left"),
-            ("saved", "right"),
-            ("packed", "left"),
-            ("left alone", "left"),
-            ("MB before", "right"),
-            ("MB after", "right"),
-            ("ratio", "right"),
-            ("non-zero", "right"),
-        ):
-            table.add_column(name, justify=justify)
+        table.add_column("module", overflow="fold")
+        table.add_column("saved", justify="right")
+        table.add_column("became", overflow="fold")
+        for name in ("MB", "packed MB", "ratio", "non-zero"):
+            table.add_column(name, justify="right", no_wrap=True)
         for name, m in self.modules.items():
-            table.add_row(name or "(outside modules)", *_cells(m))
+            table.add_row(name or "(no module)", *_cells(m, steps))
         table.add_section()
-        table.add_row("total", *_cells(self.total), style="bold")
+        table.add_row("total", *_cells(self.total, steps), style="bold")
         return table
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -203,16 +203,32 @@ class Stats:
         """
         from matplotlib.figure import Figure
 
-        names = [n for n, m in self.modules.items() if m.elements]
         figure = Figure(figsize=(10, 4.2), layout="constrained")
+        self.draw(figure)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def draw(self, figure: FigureBase) -> None:
+        """What :meth:`plot` shows, on a figure or subfigure of one's own."""
+        from matplotlib import colormaps
+        from matplotlib.ticker import MaxNLocator
+
+        names = [n for n, m in self.modules.items() if m.elements]
         left, right = figure.subplots(1, 2)
         steps = list(self.steps)
-        for name in names:
-            at = [(i, s[name]) for i, s in enumerate(steps, 1) if name in s and s[name].elements]
-            label = name or "(outside modules)"
-            marker = "o" if len(at) == 1 else None
-            left.plot([i for i, _ in at], [m.density for _, m in at], marker, ls="-", label=label)
-            right.plot([i for i, _ in at], [m.ratio for _, m in at], marker, ls="-", label=label)
+        for i, name in enumerate(names):
+            at = [(n, s[name]) for n, s in enumerate(steps, 1) if name in s and s[name].elements]
+            style = {
+                "color": colormaps["viridis"](i / max(len(names) - 1, 1) * 0.9),  # by depth
+                "marker": "o" if len(at) == 1 else None,
+                "label": name or "(no module)",
+            }
+            left.plot([n for n, _ in at], [m.density for _, m in at], **style)
+            right.plot([n for n, _ in at], [m.ratio for _, m in at], **style)
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.spines[["top", "right"]].set_visible(False)
         left.set(xlabel="step", ylabel="non-zero elements", ylim=(0, 1), title="Density")
         right.set(
             xlabel="step",
@@ -225,11 +241,9 @@ class Stats:
                 *left.get_legend_handles_labels(),
                 loc="outside right upper",
                 fontsize="x-small",
+                frameon=False,
                 ncols=1 + len(names) // 24,
             )
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -244,18 +258,13 @@ def _mb(nbytes: int) -> str:
     return f"{nbytes / 1e6:,.1f} MB"
 
 
-def _counts(counter: Counter) -> str:
-    return ", ".join(f"{n} {name}" for name, n in counter.most_common())
-
-
-def _cells(m: ModuleStats) -> list[str]:
-    packed = _counts(m.packed) + (f", {m.shared} shared" if m.shared else "")
+def _cells(m: ModuleStats, steps: int) -> list[str]:
+    became = [*m.packed.most_common(), ("shared", m.shared), *m.kept.most_common()]
     return [
-        str(m.seen),
-        packed.removeprefix(", "),
-        _counts(m.kept),
-        f"{m.bytes_before / 1e6:,.1f}" if m.bytes_before else "",
-        f"{m.bytes_after / 1e6:,.1f}" if m.bytes_before else "",
+        f"{m.seen / steps:.3g}",
+        ", ".join(f"{n / steps:.3g} {what}" for what, n in became if n),
+        f"{m.bytes_before / steps / 1e6:,.1f}" if m.bytes_before else "",
+        f"{m.bytes_after / steps / 1e6:,.1f}" if m.bytes_before else "",
         f"{m.ratio:.2f}" if m.bytes_after else "",
         "" if m.density is None else f"{m.density:.1%}",
     ]
