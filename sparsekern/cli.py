@@ -43,13 +43,13 @@ def main() -> None:
 
 def _console() -> Console:
     """Made per call, so that it writes to the standard output of that moment."""
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def _refuse(error: Exception | str) -> NoReturn:
     """Bad input: one line on standard error, exit code 2."""
     message = escape(" ".join(str(error).split()))
-    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
+    Console(stderr=True, highlight=False, emoji=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
     raise typer.Exit(2)
 
 
