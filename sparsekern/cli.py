@@ -49,7 +49,9 @@ def _console() -> Console:
 def _refuse(error: Exception | str) -> NoReturn:
     """Bad input: one line on standard error, exit code 2."""
     message = escape(" ".join(str(error).split()))
-    Console(stderr=True, highlight=False, emoji=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
+    Console(stderr=True, highlight=False, emoji=False).print(
+        f"[red]error:[/red] {message}", soft_wrap=True
+    )
     raise typer.Exit(2)
 
 

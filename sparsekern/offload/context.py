@@ -312,11 +312,10 @@ class ActivationOffload:
             self.stats.pack_seconds += time.perf_counter() - start
 
     def _pack_tensor(self, t: Tensor) -> Kept | Saved:
-        module, _ = site_key = self._stack()[-1][1].site()
-        self.stats.count(module, seen=1)
+        module, _ = site_key = self._local.stack[-1][1].site()
         reason = _foreign(t)
         if not reason and (t in self._owned or leaf_or_its_copy(t)):
-            self.stats.count(module, kept="param")
+            self.stats.count(module, seen=1, kept="param")
             return Kept(t, None)
         if not reason and t.nbytes < self._policy.min_bytes:
             reason = "small"
@@ -325,7 +324,7 @@ class ActivationOffload:
         at, version = region(t), Version(t)
         packed = self._find(t, at)
         if packed is not None:
-            self.stats.count(module, shared=1)
+            self.stats.count(module, seen=1, shared=1)
             return Saved(packed, t, version)
         source = flat(t.detach(), at)
         transfer = self._transfer(t.device)
@@ -341,10 +340,11 @@ class ActivationOffload:
             self._packed.setdefault(packed.key, {})[packed.index] = weakref.ref(packed)
             self._by_index[packed.index] = weakref.ref(packed)
         self._settle()
+        self.stats.count(module, seen=1)
         return Saved(packed, t, version)
 
     def _leave(self, t: Tensor, module: str, reason: str) -> Kept:
-        self.stats.count(module, kept=reason)
+        self.stats.count(module, seen=1, kept=reason)
         return Kept(t, self)
 
     def _find(self, t: Tensor, at: Region) -> Packed | None:
@@ -549,17 +549,15 @@ def _foreign(t: Tensor) -> str:
         return "subclass"
     if t.layout is not torch.strided or t.is_quantized:
         return "layout"
+    if t.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return "no memory"
     if t.is_inference():
         return "inference"
     if t.is_conj() or t.is_neg():
         return "conjugate view"
-    if t.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return "no memory"
-    if t.numel() == 0:
-        return "small"
     if t.element_size() not in (1, 2, 4, 8, 16):
         return "element size"
-    return ""
+    return "" if t.numel() else "small"
 
 
 _transfers: dict[torch.device, Transfer] = {}  # pinned memory is slow to get and is kept

@@ -130,14 +130,35 @@ class Stats:
     def start_step(self) -> None:
         self.steps.append({})
 
-    def count(self, module: str, **changes) -> None:
-        """Add to a module: plain numbers to its fields, `packed` and `kept` by name."""
-        change = ModuleStats(
-            **{k: Counter([v]) if k in ("packed", "kept") else v for k, v in changes.items()}
-        )
+    def count(
+        self,
+        module: str,
+        *,
+        seen: int = 0,
+        shared: int = 0,
+        packed: str = "",
+        kept: str = "",
+        bytes_before: int = 0,
+        bytes_after: int = 0,
+        elements: int = 0,
+        nonzeros: int = 0,
+    ) -> None:
+        """Add to a module, in the running step and in total. Every saved tensor pays for this."""
         with LOCK:
-            for where in (self.modules, self.steps[-1]) if self.steps else (self.modules,):
-                where.setdefault(module, ModuleStats()).add(change)
+            for where in (self.modules, self.steps[-1]):
+                m = where.get(module)
+                if m is None:
+                    m = where[module] = ModuleStats()
+                m.seen += seen
+                m.shared += shared
+                m.bytes_before += bytes_before
+                m.bytes_after += bytes_after
+                m.elements += elements
+                m.nonzeros += nonzeros
+                if packed:
+                    m.packed[packed] += 1
+                if kept:
+                    m.kept[kept] += 1
 
     # ---- reading ----
 
@@ -171,12 +192,13 @@ class Stats:
         from rich.table import Table
 
         peak, steps = self.ledger.peak, max(len(self.steps), 1)
+        forward, backward = (s / steps * 1e3 for s in (self.pack_seconds, self.unpack_seconds))
         table = Table(
             box=box.SIMPLE_HEAD,
             caption=(
                 f"per step, mean of {steps}. Saved at the peak: {_mb(peak['plain'])} without, "
                 f"{_mb(peak['device'])} on the device and {_mb(peak['host'])} on the host with. In the hooks: "
-                f"{self.pack_seconds / steps * 1e3:.1f} ms forward, {self.unpack_seconds / steps * 1e3:.1f} ms backward."
+                f"{forward:.1f} ms forward, {backward:.1f} ms backward."
                 + "".join(f" {why}: {n}." for why, n in self.retreats.items())
             ),
             caption_justify="left",
