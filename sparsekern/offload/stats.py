@@ -72,12 +72,16 @@ class Ledger:
         plain: bytes autograd would hold of the same tensors, each memory counted once; no parameters.
         device: bytes held on the device: packed there, left alone, or not yet moved.
         host: bytes held on the host.
+        copied: bytes moved "out" to the host and "in" again so far.
+        copy_seconds: host time that took; on a device with streams, to start the copies.
     """
 
     def __init__(self, max_host_bytes: int | None):
         self.max_host_bytes = max_host_bytes
         self.now = {"plain": 0, "device": 0, "host": 0}
         self.peak = dict(self.now)
+        self.copied = {"out": 0, "in": 0}
+        self.copy_seconds = 0.0
         self.curve: list[tuple[int, int, int]] | None = (
             None  # (plain, device, host) at every change
         )
@@ -89,6 +93,11 @@ class Ledger:
                 self.peak[name] = max(self.peak[name], self.now[name])
             if self.curve is not None:
                 self.curve.append((time.perf_counter(), *self.now.values()))
+
+    def copy(self, direction: str, nbytes: int, seconds: float) -> None:
+        with LOCK:
+            self.copied[direction] += nbytes
+            self.copy_seconds += seconds
 
     def record(self) -> list[tuple[float, int, int, int]]:
         """From now on keep (seconds of perf_counter, plain, device, host) at every change, in the list returned."""
@@ -184,6 +193,8 @@ class Stats:
             "pack_seconds": self.pack_seconds,
             "unpack_seconds": self.unpack_seconds,
             "wait_seconds": self.wait_seconds,
+            "copy_seconds": self.ledger.copy_seconds,
+            "copied_bytes": dict(self.ledger.copied),
         }
 
     def table(self) -> Table:
@@ -192,13 +203,20 @@ class Stats:
         from rich.table import Table
 
         peak, steps = self.ledger.peak, max(len(self.steps), 1)
-        forward, backward = (s / steps * 1e3 for s in (self.pack_seconds, self.unpack_seconds))
+        seconds = (
+            self.pack_seconds,
+            self.unpack_seconds,
+            self.ledger.copy_seconds,
+            self.wait_seconds,
+        )
+        forward, backward, copying, waiting = (s / steps * 1e3 for s in seconds)
         table = Table(
             box=box.SIMPLE_HEAD,
             caption=(
                 f"per step, mean of {steps}. Saved at the peak: {_mb(peak['plain'])} without, "
                 f"{_mb(peak['device'])} on the device and {_mb(peak['host'])} on the host with. In the hooks: "
-                f"{forward:.1f} ms forward, {backward:.1f} ms backward."
+                f"{forward:.1f} ms forward, {backward:.1f} ms backward, of these {copying:.1f} ms copying and "
+                f"{waiting:.1f} ms waiting."
                 + "".join(f" {why}: {n}." for why, n in self.retreats.items())
             ),
             caption_justify="left",

@@ -15,6 +15,7 @@ The rules, each with the failure it prevents:
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 
 import torch
@@ -238,7 +239,7 @@ class Part:
         if not self._ledger.reserve_host(self.nbytes):
             return "host bytes are at max_host_bytes: what comes stays on the device"
         if self._block is None:
-            moved = None
+            moved, start = None, time.perf_counter()
             try:
                 moved = self._transfer.out(self._tensor)
             finally:
@@ -247,6 +248,7 @@ class Part:
             if moved is None:
                 return "the host has no memory left: what comes stays on the device"
             self._block, self._arrived = moved
+            self._ledger.copy("out", self.nbytes, time.perf_counter() - start)
         self._tensor = None
         self._ledger.add(device=-self.nbytes)
         return ""
@@ -264,8 +266,9 @@ class Part:
         with self._lock:
             if self._tensor is not None or self._reload is not None:
                 return
-            transfer = self._transfer
+            transfer, start = self._transfer, time.perf_counter()
             self._reload = transfer.back(self._block, self._arrived, self.dtype, self.device)
+            self._ledger.copy("in", self.nbytes, time.perf_counter() - start)
             self._reloads = [e for e in self._reloads if not transfer.streams.done(e)]
             self._reloads.append(self._reload.arrived)
 
