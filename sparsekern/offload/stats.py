@@ -82,9 +82,7 @@ class Ledger:
         self.peak = dict(self.now)
         self.copied = {"out": 0, "in": 0}
         self.copy_seconds = 0.0
-        self.curve: list[tuple[int, int, int]] | None = (
-            None  # (plain, device, host) at every change
-        )
+        self.curve: list[tuple[float, int, int, int]] | None = None  # what `record` asked for
 
     def add(self, **changes: int) -> None:
         with LOCK:
