@@ -137,7 +137,9 @@ def plain(t: Tensor) -> Iterator[Tensor]:
     """The tensors with memory of their own inside a wrapper (DTensor's local shard and the like), or `t` itself."""
     if is_traceable_wrapper_subclass(t):
         for name in t.__tensor_flatten__()[0]:
-            yield from plain(getattr(t, name))
+            inner = getattr(t, name)
+            if isinstance(inner, Tensor):  # a DTensor also names its device mesh
+                yield from plain(inner)
     else:
         yield t
 
