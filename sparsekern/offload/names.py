@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 _local = threading.local()
 _lock = threading.Lock()
 _active = 0
-_handles: list = []
+# The places of the two hooks in torch's tables. They are the same every time: what is compiled inside
+# is compiled again for other ones.
+_ENTER = RemovableHandle(torch_module._global_forward_pre_hooks).id
+_LEAVE = RemovableHandle(torch_module._global_forward_hooks).id
 
 
 @dataclass(slots=True)
@@ -56,8 +60,9 @@ def start(on_root) -> Trace:
             # torch.compile warns that such hooks also fire for the module that wraps the compiled one;
             # for these that is welcome.
             warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
-            _handles.append(torch_module.register_module_forward_pre_hook(_enter))
-            _handles.append(torch_module.register_module_forward_hook(_leave, always_call=True))
+            torch_module._global_forward_pre_hooks[_ENTER] = _enter
+            torch_module._global_forward_hooks[_LEAVE] = _leave
+            torch_module._global_forward_hooks_always_called[_LEAVE] = True
     return trace
 
 
@@ -67,8 +72,9 @@ def stop(trace: Trace) -> None:
     with _lock:
         _active -= 1
         if _active == 0:
-            while _handles:
-                _handles.pop().remove()
+            del torch_module._global_forward_pre_hooks[_ENTER]
+            del torch_module._global_forward_hooks[_LEAVE]
+            del torch_module._global_forward_hooks_always_called[_LEAVE]
 
 
 def _traces() -> list[Trace]:
