@@ -22,6 +22,9 @@ _active = 0
 # is compiled again for other ones.
 _ENTER = RemovableHandle(torch_module._global_forward_pre_hooks).id
 _LEAVE = RemovableHandle(torch_module._global_forward_hooks).id
+# torch.compile warns that such hooks also fire for the module that wraps the compiled one; for these that
+# is welcome.
+_WELCOME = ".*when there are global hooks on modules"
 
 
 @dataclass(slots=True)
@@ -57,9 +60,9 @@ def start(on_root) -> Trace:
     with _lock:
         _active += 1
         if _active == 1:
-            # torch.compile warns that such hooks also fire for the module that wraps the compiled one;
-            # for these that is welcome.
-            warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
+            # Once: every new filter makes Python show again what it has shown before.
+            if not any(m is not None and m.pattern == _WELCOME for _, m, *_ in warnings.filters):
+                warnings.filterwarnings("ignore", message=_WELCOME)
             torch_module._global_forward_pre_hooks[_ENTER] = _enter
             torch_module._global_forward_hooks[_LEAVE] = _leave
             torch_module._global_forward_hooks_always_called[_LEAVE] = True
