@@ -251,6 +251,7 @@ class ActivationOffload:
         self._kept: dict[int, int] = {}  # storage key to how many kept tensors look at it
         self._settling = threading.Lock()
         self._local = threading.local()
+        self._elsewhere = names.Trace(self._enter_model)
         self._warned: set[str] = set()
 
     # ---- the context ----
@@ -273,6 +274,11 @@ class ActivationOffload:
         if not hasattr(self._local, "stack"):
             self._local.stack = []
         return self._local.stack
+
+    def _trace(self) -> names.Trace:
+        """Where this thread is. Autograd's own have the hooks of the one that called backward, and entered nothing."""
+        stack = self._stack()
+        return stack[-1][1] if stack else self._elsewhere
 
     def _own(self, item: Tensor | nn.Module) -> None:
         if isinstance(item, nn.Module):
@@ -302,7 +308,7 @@ class ActivationOffload:
             self.stats.pack_seconds += time.perf_counter() - start
 
     def _pack_tensor(self, t: Tensor) -> Kept | Saved:
-        module, _ = site_key = self._stack()[-1][1].site()
+        module, _ = site_key = self._trace().site()
         self.stats.count(module, seen=1)
         reason = _foreign(t)
         if not reason and (t in self._owned or leaf_or_its_copy(t)):

@@ -112,8 +112,8 @@ class Version:
         producer = re.sub(r"Backward\d*$", "", self._producer)
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{self.alias.type()} {list(self._shape)}]{producer and f', which is {producer},'} is at version {self.alias._version}; "
-            f"expected version {self.expected} instead. Hint: {hint}"
+            f"[{self.alias.type()} {list(self._shape)}]{producer and f', which is {producer},'} "
+            f"is at version {self.alias._version}; expected version {self.expected} instead. Hint: {hint}"
         )
 
 

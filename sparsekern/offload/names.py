@@ -26,6 +26,8 @@ _LEAVE = RemovableHandle(torch_module._global_forward_hooks).id
 # is welcome.
 _WELCOME = ".*when there are global hooks on modules"
 
+SITES = 4096  # of one call that are told apart: a context may stay entered for all of a training
+
 
 @dataclass(slots=True)
 class Call:
@@ -49,7 +51,7 @@ class Trace:
         """Names the place of the next saved tensor: (module, its how-manieth)."""
         call = self.calls[-1] if self.calls else self.outside
         call.saved += 1
-        return call.name, call.saved - 1
+        return call.name, (call.saved - 1) % SITES
 
 
 def start(on_root) -> Trace:
