@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .lock import LOCK
@@ -154,7 +155,8 @@ class Owned:
         with LOCK:
             for t in tensors:
                 for p in plain(t):
-                    if p.layout is torch.strided and p.device.type != "meta":
+                    # The parameters of lazy modules have no memory yet.
+                    if p.layout is torch.strided and p.device.type != "meta" and not is_lazy(p):
                         self._holders[storage_key(p)] = weakref.ref(p)
             if len(self._holders) > 10_000:
                 dead = [k for k, ref in self._holders.items() if ref() is None]
