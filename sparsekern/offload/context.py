@@ -540,7 +540,7 @@ def _foreign(t: Tensor) -> str:
     """Why a saved tensor is not ours to write down, or ""."""
     if type(t) is not Tensor and type(t) is not nn.Parameter:
         return "subclass"
-    if t.layout is not torch.strided or t.is_quantized:
+    if t.layout is not torch.strided or t.is_quantized or t.is_nested:
         return "layout"
     if t.is_inference():
         return "inference"

@@ -85,7 +85,7 @@ class Version:
     def __init__(self, t: Tensor, alias: Tensor | None = None):
         self.alias = t.detach() if alias is None else alias
         self.expected = self.alias._version
-        self._shape = t.shape
+        self._shape = () if t.is_nested else t.shape
         producer = t.grad_fn
         self._producer = "" if producer is None else f"output {t.output_nr} of {producer.name()}"
         if alias is None:
