@@ -255,6 +255,7 @@ class ActivationOffload:
         self._kept: dict[int, int] = {}  # storage key to how many kept tensors look at it
         self._settling = threading.Lock()
         self._local = threading.local()
+        self._elsewhere = names.Trace(self._enter_model)
         self._warned: set[str] = set()
 
     # ---- the context ----
@@ -284,6 +285,11 @@ class ActivationOffload:
             self._local.stack = []
         return self._local.stack
 
+    def _trace(self) -> names.Trace:
+        """Where this thread is. Autograd's own have the hooks of the one that called backward, and entered nothing."""
+        stack = self._stack()
+        return stack[-1][1] if stack else self._elsewhere
+
     def _own(self, item: Tensor | nn.Module) -> None:
         if isinstance(item, nn.Module):
             self._owned.add(itertools.chain(item.parameters(), item.buffers()))
@@ -312,7 +318,7 @@ class ActivationOffload:
             self.stats.pack_seconds += time.perf_counter() - start
 
     def _pack_tensor(self, t: Tensor) -> Kept | Saved:
-        module, _ = site_key = self._local.stack[-1][1].site()
+        module, _ = site_key = self._trace().site()
         reason = _foreign(t)
         if not reason and (t in self._owned or leaf_or_its_copy(t)):
             self.stats.count(module, seen=1, kept="param")
@@ -547,7 +553,7 @@ def _foreign(t: Tensor) -> str:
     """Why a saved tensor is not ours to write down, or ""."""
     if type(t) is not Tensor and type(t) is not nn.Parameter:
         return "subclass"
-    if t.layout is not torch.strided or t.is_quantized:
+    if t.layout is not torch.strided or t.is_quantized or t.is_nested:
         return "layout"
     if t.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(t):
         return "no memory"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .lock import LOCK
@@ -84,7 +85,7 @@ class Version:
     def __init__(self, t: Tensor, alias: Tensor | None = None):
         self.alias = t.detach() if alias is None else alias
         self.expected = self.alias._version
-        self._shape = t.shape
+        self._shape = () if t.is_nested else t.shape
         producer = t.grad_fn
         self._producer = "" if producer is None else f"output {t.output_nr} of {producer.name()}"
         if alias is None:
@@ -138,7 +139,9 @@ def plain(t: Tensor) -> Iterator[Tensor]:
     """The tensors with memory of their own inside a wrapper (DTensor's local shard and the like), or `t` itself."""
     if is_traceable_wrapper_subclass(t):
         for name in t.__tensor_flatten__()[0]:
-            yield from plain(getattr(t, name))
+            inner = getattr(t, name)
+            if isinstance(inner, Tensor):  # a DTensor also names its device mesh
+                yield from plain(inner)
     else:
         yield t
 
@@ -153,7 +156,8 @@ class Owned:
         with LOCK:
             for t in tensors:
                 for p in plain(t):
-                    if p.layout is torch.strided and p.device.type != "meta":
+                    # The parameters of lazy modules have no memory yet.
+                    if p.layout is torch.strided and p.device.type != "meta" and not is_lazy(p):
                         self._holders[storage_key(p)] = weakref.ref(p)
             if len(self._holders) > 10_000:
                 dead = [k for k, ref in self._holders.items() if ref() is None]

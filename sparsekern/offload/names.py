@@ -13,11 +13,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 _local = threading.local()
 _lock = threading.Lock()
 _active = 0
-_handles: list = []
+# The places of the two hooks in torch's tables. They are the same every time: what is compiled inside
+# is compiled again for other ones.
+_ENTER = RemovableHandle(torch_module._global_forward_pre_hooks).id
+_LEAVE = RemovableHandle(torch_module._global_forward_hooks).id
+# torch.compile warns that such hooks also fire for the module that wraps the compiled one; for these that
+# is welcome.
+_WELCOME = ".*when there are global hooks on modules"
+
+SITES = 4096  # of one call that are told apart: a context may stay entered for all of a training
 
 
 @dataclass(slots=True)
@@ -42,7 +51,7 @@ class Trace:
         """Names the place of the next saved tensor: (module, its how-manieth)."""
         call = self.calls[-1] if self.calls else self.outside
         call.saved += 1
-        return call.name, call.saved - 1
+        return call.name, (call.saved - 1) % SITES
 
 
 def start(on_root) -> Trace:
@@ -53,11 +62,12 @@ def start(on_root) -> Trace:
     with _lock:
         _active += 1
         if _active == 1:
-            # torch.compile warns that such hooks also fire for the module that wraps the compiled one;
-            # for these that is welcome.
-            warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
-            _handles.append(torch_module.register_module_forward_pre_hook(_enter))
-            _handles.append(torch_module.register_module_forward_hook(_leave, always_call=True))
+            # Once: every new filter makes Python show again what it has shown before.
+            if not any(m is not None and m.pattern == _WELCOME for _, m, *_ in warnings.filters):
+                warnings.filterwarnings("ignore", message=_WELCOME)
+            torch_module._global_forward_pre_hooks[_ENTER] = _enter
+            torch_module._global_forward_hooks[_LEAVE] = _leave
+            torch_module._global_forward_hooks_always_called[_LEAVE] = True
     return trace
 
 
@@ -67,8 +77,9 @@ def stop(trace: Trace) -> None:
     with _lock:
         _active -= 1
         if _active == 0:
-            while _handles:
-                _handles.pop().remove()
+            del torch_module._global_forward_pre_hooks[_ENTER]
+            del torch_module._global_forward_hooks[_LEAVE]
+            del torch_module._global_forward_hooks_always_called[_LEAVE]
 
 
 def _traces() -> list[Trace]:
