@@ -57,7 +57,7 @@ def _draw_layers(trained: list[Trained], path: Path) -> None:
         bar = figure.colorbar(image, ax=right, pad=0.01)
         bar.ax.tick_params(labelsize=8)
         bar.set_label("ZVC ratio", fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -125,7 +125,12 @@ def _codecs(axes: Axes, trained: list[Trained]) -> None:
     axes.axhline(1, color=INK, lw=0.8)
     axes.axhline(PAPER_MEAN, color=INK, lw=0.8, ls="--", label=f"the paper's mean, {PAPER_MEAN}")
     axes.grid(axis="y", color=GRID, lw=0.7)
-    axes.legend(fontsize=7.5, ncols=5, frameon=False)
+    handles, labels = (
+        axes.get_legend_handles_labels()
+    )  # lines come first, and would split the pairs
+    axes.legend(
+        handles[1:] + handles[:1], labels[1:] + labels[:1], fontsize=7.5, ncols=5, frameon=False
+    )
     axes.set_ylim(top=1.25 * axes.get_ylim()[1])
     _names(axes, [t.net for t in trained])
     _plain(axes, "Ratio of what convolutions and pools (dense layers) read, last step, fp32")

@@ -273,7 +273,7 @@ def _length(results: Results, plain: list[Trained], trained: dict[str, Trained])
         values = (_x(ratio(t.papers(r.maps), "zvc NCHW")) for r in t.records)
         parts.append(f"{t.net} {', '.join(values)}")
     return (
-        "**Length.** Zeros come with training, and these are minutes of it where the paper's nets trained to the end. "
+        "**Length.** Zeros come with training, and these nets had minutes of it. "
         f"From one measured step to the next: {'; '.join(parts)}."
     )
 
