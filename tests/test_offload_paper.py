@@ -494,12 +494,14 @@ def test_tables_are_well_formed_and_the_paper_is_answered(run):
     for reason in (
         "Size",
         "First layers",
+        "Length",
         "Data",
         "Batch normalisation",
         "Activation",
         "bf16",
         "Layout",
         "Speed",
+        "Machines of today",
     ):
         assert f"* **{reason}.**" in text
     for fact in ("date", "torch", "revision", "seed"):

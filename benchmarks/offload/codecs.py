@@ -6,13 +6,13 @@ zero. The run-length formats are written out here because "run-length" alone doe
 tokens
     A byte, then what it announces. ``0LLLLLLL`` is a run of L + 1 zeros, one to 128, and nothing
     follows; ``1LLLLLLL`` announces L + 1 elements that are not zero, which follow as they are. A
-    longer run is split. Runs end where the other kind begins. PackBits (Apple 1986) with a run that
-    can only be of zeros.
+    longer run is split. Runs end where the other kind begins. PackBits, with runs that can only be of
+    zeros.
 fixed
     Per element that is not zero, five bits with the number of zeros before it, then the element. 31
     zeros and more: a record of 31 with a zero as its element stands for 32 zeros. So do zeros at the
-    end. Chen et al. 2017, "Eyeriss", section V-B, whose elements are 16 bits; here they are as wide
-    as the map's.
+    end. After Chen et al. 2017, "Eyeriss", whose elements are 16 bits; here they are as wide as the
+    map's.
 """
 
 from __future__ import annotations

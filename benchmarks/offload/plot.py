@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from .predictions import FULL, PAPER, full_layers, layers_on, predict
+from .report import PAPER_MEAN
 from .results import Results, Trained, density, ratio, total
 
 # Codec colours are fixed over all panels; light of a pair is NHWC.
@@ -56,7 +57,7 @@ def _draw_layers(trained: list[Trained], path: Path) -> None:
         bar = figure.colorbar(image, ax=right, pad=0.01)
         bar.ax.tick_params(labelsize=8)
         bar.set_label("ZVC ratio", fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -71,6 +72,7 @@ def _density(axes: Axes, t: Trained) -> None:
     together = [density(t.papers(r.maps)) for r in t.records]
     axes.plot(steps, together, color="black", lw=2, marker=".", label="all together")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 1.03)
     axes.set_ylabel("share not zero", fontsize=8)
     axes.set_xlabel("step, counted from 1", fontsize=8)
@@ -121,18 +123,14 @@ def _codecs(axes: Axes, trained: list[Trained]) -> None:
             label, alpha = f"{name}, {layout}", 1.0 if j == 0 else 0.45
             axes.bar(places, found, width * 0.92, color=colour, alpha=alpha, label=label)
     axes.axhline(1, color=INK, lw=0.8)
-    axes.axhline(2.6, color=INK, lw=0.8, ls="--")
-    axes.annotate(
-        "the paper's mean, 2.6",
-        (1, 2.6),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        fontsize=8,
-        color=INK,
-    )
+    axes.axhline(PAPER_MEAN, color=INK, lw=0.8, ls="--", label=f"the paper's mean, {PAPER_MEAN}")
     axes.grid(axis="y", color=GRID, lw=0.7)
-    axes.legend(fontsize=7.5, ncols=4, frameon=False)
+    handles, labels = (
+        axes.get_legend_handles_labels()
+    )  # lines come first, and would split the pairs
+    axes.legend(
+        handles[1:] + handles[:1], labels[1:] + labels[:1], fontsize=7.5, ncols=5, frameon=False
+    )
     axes.set_ylim(top=1.25 * axes.get_ylim()[1])
     _names(axes, [t.net for t in trained])
     _plain(axes, "Ratio of what convolutions and pools (dense layers) read, last step, fp32")

@@ -20,10 +20,9 @@ from .virtualised import (
     without_offload,
 )
 
-# Inputs, not claims. Links and engines: the first is PCIe gen3 as a copy sees it and the rate that Rhu et al. 2018
-# assume for their engine; then what a copy reaches on PCIe gen4 and gen5, half of NVLink-C2C's 900 GB/s, and a
-# compression kernel at a third of the device memory's rate. FLOP/s and memory: about what training reaches, below the
-# peaks of the cards named.
+# Inputs, not claims. Links: what a copy reaches on PCIe gen3, gen4 and gen5, and half of NVLink-C2C's 900 GB/s.
+# Engines: hardware that is far from being the limit, as Rhu et al. 2018 propose, and kernels at a third of the device
+# memory's rate or a little more. FLOP/s and memory: below the peaks of the cards named, as training is.
 PAPER = Machine("Titan X, PCIe gen3, fp32", 5e12, 250e9, 12.8e9, 200e9, "dma", 4)
 MODERN = (
     Machine("A100, PCIe gen4, bf16", 150e12, 1.4e12, 25.1e9, 500e9, "kernel", 2),

@@ -1,6 +1,6 @@
 """The step time of a network whose saved activations live on the host, by the overlap rule of vDNN.
 
-Rhu et al. 2016 (arXiv 1602.08124, section III) offload what a layer saved while that layer's forward
+Rhu et al. 2016 (arXiv 1602.08124) offload what a layer saved while that layer's forward
 pass runs, and fetch what the layer before will need while a layer's backward pass runs; the next
 layer starts when both are through. With layers 1 to n, times f and b of their passes and o of their
 transfers, which a layer that saves nothing has none of::
