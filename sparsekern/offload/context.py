@@ -123,7 +123,7 @@ class Packed:
         self.host = False
         self.index = next(offload._indices)
         self.plain = nbytes
-        self._cache: tuple[StorageWeakRef, int] | None = None
+        self._cache: tuple[StorageWeakRef, int, Version] | None = None
         self._lock = threading.RLock()
         offload.stats.ledger.add(plain=self.plain)
 
@@ -154,7 +154,7 @@ class Packed:
         )
 
     def elements(self) -> Tensor:
-        """The region's elements, one-dimensional: decoded, unless an earlier decoding is still in use.
+        """The region's elements, one-dimensional: decoded, unless an earlier decoding is in use and as it was.
 
         Raises:
             ValueError: the parts are corrupt.
@@ -163,14 +163,15 @@ class Packed:
             if self.held is not None:
                 return self.held
             if self._cache is not None:
-                like = self.version.alias
-                ref, offset = self._cache
-                alive = revive(ref, like, (self.numel,), (1,), offset)
-                if alive is not None:
-                    return alive
+                ref, offset, version = self._cache
+                alive = revive(ref, version.alias, (self.numel,), (1,), offset)
+                if alive is not None and version.unchanged():
+                    return version.watched(alive)
             parts = [p.get() for p in self.parts]
             out = codec.decode(self.codec, parts, self.numel, self.dtype, self.nonzeros)
-            self._cache = StorageWeakRef(out.untyped_storage()), out.storage_offset()
+            # Whoever gets it may write to it, or make it a gradient that others are added to.
+            storage = StorageWeakRef(out.untyped_storage())
+            self._cache = storage, out.storage_offset(), Version(out)
             return out
 
     def prefetch(self) -> bool:
@@ -192,7 +193,7 @@ class Packed:
 class Saved:
     """How one saved tensor looks at a packed object."""
 
-    __slots__ = ("offset", "packed", "size", "stride", "version")
+    __slots__ = ("offset", "original", "packed", "size", "stride", "version")
 
     def __init__(self, packed: Packed, t: Tensor, version: Version):
         self.packed = packed
@@ -208,7 +209,9 @@ class Saved:
         if packed.version.unchanged():
             original = revive(packed.source, like, self.size, self.stride, self.offset)
             if original is not None:
-                return original
+                # Held: a gradient that is this very tensor is then copied for its leaf, not handed over.
+                self.original = self.version.watched(original)
+                return self.original
         elements = packed.elements()
         if not packed.region.gathered:
             at = elements.storage_offset() + self.offset - packed.region.lo
