@@ -420,7 +420,7 @@ class ActivationOffload:
         if encoded.codec != "zvc" or transfer.streams.asynchronous:
             return []
         mask = encoded.parts[0]
-        for ref in self._recent:
+        for ref in tuple(self._recent):  # other threads add to it
             other = ref()
             if (
                 other is not None
