@@ -251,7 +251,7 @@ class ActivationOffload:
         self._by_index: dict[int, weakref.ref[Packed]] = {}
         self._pending: deque[weakref.ref[Packed]] = deque()
         self._recent: deque[weakref.ref[Packed]] = deque(maxlen=4)
-        self._kept: dict[int, int] = {}  # storage key to how many kept tensors look at it
+        self._kept: dict[int, tuple[int, int]] = {}  # storage key to (kept tensors, counted bytes)
         self._settling = threading.Lock()
         self._local = threading.local()
         self._elsewhere = names.Trace(self._enter_model)
@@ -348,7 +348,9 @@ class ActivationOffload:
 
     def _find(self, t: Tensor, at: Region) -> Packed | None:
         with LOCK:
-            candidates = [ref() for ref in self._packed.get(storage_key(t), {}).values()]
+            # A copy: the garbage collector may drop one of them in between.
+            refs = tuple(self._packed.get(storage_key(t), {}).values())
+        candidates = [ref() for ref in refs]
         return next((p for p in candidates if p is not None and p.covers(t, at)), None)
 
     def _encode(self, packed: Packed, source: Tensor, plan: policy.Plan) -> bool:
@@ -520,15 +522,13 @@ class ActivationOffload:
             return
         key = storage_key(t)
         with LOCK:
-            before = self._kept.get(key, 0)
+            # The bytes are remembered, as a storage may be resized in between.
+            before, nbytes = self._kept.pop(key, (0, t.untyped_storage().nbytes()))
             after = before + change
             if after:
-                self._kept[key] = after
-            else:
-                del self._kept[key]
+                self._kept[key] = after, nbytes
         if not before or not after:
-            nbytes = change * t.untyped_storage().nbytes()
-            self.stats.ledger.add(plain=nbytes, device=nbytes)
+            self.stats.ledger.add(plain=change * nbytes, device=change * nbytes)
 
     def _forget(self, packed: Packed) -> None:
         with LOCK:
