@@ -24,7 +24,7 @@ def offload_activations(
     max_host_bytes: int | None = None,
     min_ratio: float = 1.25,
     prefetch: int = 2,
-    keep: Iterable[Tensor | nn.Module] = (),
+    keep: Tensor | nn.Module | Iterable[Tensor | nn.Module] = (),
 ) -> ActivationOffload:
     """Hold what autograd saves for backward in fewer bytes, or on the host, while a forward pass runs inside.
 
@@ -91,10 +91,16 @@ def offload_activations(
             raise ValueError(
                 f"offload_activations: {name} is {value!r}; it takes an int of at least {least}"
             )
-    if not min_ratio > 1:
+    if not (isinstance(min_ratio, (int, float)) and min_ratio > 1):
         raise ValueError(
             f"offload_activations: min_ratio is {min_ratio!r}; it takes a number above 1"
         )
+    keep = (keep,) if isinstance(keep, (Tensor, nn.Module)) else tuple(keep)
+    for item in keep:
+        if not isinstance(item, (Tensor, nn.Module)):
+            raise ValueError(
+                f"offload_activations: keep holds {item!r}; it takes tensors and modules"
+            )
     if max_host_bytes is None:
         available = available_bytes()
         max_host_bytes = None if available is None else available // 4 * 3

@@ -125,7 +125,7 @@ class Packed:
         self.host = False
         self.index = next(offload._indices)
         self.plain = nbytes
-        self._cache: tuple[StorageWeakRef, int] | None = None
+        self._cache: tuple[StorageWeakRef, int, Version] | None = None
         self._lock = threading.RLock()
         offload.stats.ledger.add(plain=self.plain)
 
@@ -156,7 +156,7 @@ class Packed:
         )
 
     def elements(self) -> Tensor:
-        """The region's elements, one-dimensional: decoded, unless an earlier decoding is still in use.
+        """The region's elements, one-dimensional: decoded, unless an earlier decoding is in use and as it was.
 
         Raises:
             ValueError: the parts are corrupt.
@@ -165,16 +165,17 @@ class Packed:
             if self.held is not None:
                 return self.held
             if self._cache is not None:
-                like = self.version.alias
-                ref, offset = self._cache
-                alive = revive(ref, like, (self.numel,), (1,), offset)
-                if alive is not None:
-                    return alive
+                ref, offset, version = self._cache
+                alive = revive(ref, version.alias, (self.numel,), (1,), offset)
+                if alive is not None and version.unchanged():
+                    return version.watched(alive)
             # What decodes to new memory may read the host's own where it lies.
             in_place = self.codec != "raw" and not self.transfer.streams.asynchronous
             parts = [p.here() if in_place else p.get() for p in self.parts]
             out = codec.decode(self.codec, parts, self.numel, self.dtype, self.nonzeros)
-            self._cache = StorageWeakRef(out.untyped_storage()), out.storage_offset()
+            # Whoever gets it may write to it, or make it a gradient that others are added to.
+            storage = StorageWeakRef(out.untyped_storage())
+            self._cache = storage, out.storage_offset(), Version(out)
             return out
 
     def prefetch(self) -> bool:
@@ -196,7 +197,7 @@ class Packed:
 class Saved:
     """How one saved tensor looks at a packed object."""
 
-    __slots__ = ("offset", "packed", "size", "stride", "version")
+    __slots__ = ("offset", "original", "packed", "size", "stride", "version")
 
     def __init__(self, packed: Packed, t: Tensor, version: Version):
         self.packed = packed
@@ -212,7 +213,9 @@ class Saved:
         if packed.version.unchanged():
             original = revive(packed.source, like, self.size, self.stride, self.offset)
             if original is not None:
-                return original
+                # Held: a gradient that is this very tensor is then copied for its leaf, not handed over.
+                self.original = self.version.watched(original)
+                return self.original
         elements = packed.elements()
         if not packed.region.gathered:
             at = elements.storage_offset() + self.offset - packed.region.lo
@@ -252,7 +255,7 @@ class ActivationOffload:
         self._by_index: dict[int, weakref.ref[Packed]] = {}
         self._pending: deque[weakref.ref[Packed]] = deque()
         self._recent: deque[weakref.ref[Packed]] = deque(maxlen=4)
-        self._kept: dict[int, int] = {}  # storage key to how many kept tensors look at it
+        self._kept: dict[int, tuple[int, int]] = {}  # storage key to (kept tensors, counted bytes)
         self._settling = threading.Lock()
         self._local = threading.local()
         self._elsewhere = names.Trace(self._enter_model)
@@ -355,7 +358,9 @@ class ActivationOffload:
 
     def _find(self, t: Tensor, at: Region) -> Packed | None:
         with LOCK:
-            candidates = [ref() for ref in self._packed.get(storage_key(t), {}).values()]
+            # A copy: the garbage collector may drop one of them in between.
+            refs = tuple(self._packed.get(storage_key(t), {}).values())
+        candidates = [ref() for ref in refs]
         return next((p for p in candidates if p is not None and p.covers(t, at)), None)
 
     def _encode(self, packed: Packed, source: Tensor, plan: policy.Plan) -> bool:
@@ -428,7 +433,7 @@ class ActivationOffload:
         if encoded.codec != "zvc" or transfer.streams.asynchronous:
             return []
         mask = encoded.parts[0]
-        for ref in self._recent:
+        for ref in tuple(self._recent):  # other threads add to it
             other = ref()
             if (
                 other is not None
@@ -530,15 +535,13 @@ class ActivationOffload:
             return
         key = storage_key(t)
         with LOCK:
-            before = self._kept.get(key, 0)
+            # The bytes are remembered, as a storage may be resized in between.
+            before, nbytes = self._kept.pop(key, (0, t.untyped_storage().nbytes()))
             after = before + change
             if after:
-                self._kept[key] = after
-            else:
-                del self._kept[key]
+                self._kept[key] = after, nbytes
         if not before or not after:
-            nbytes = change * t.untyped_storage().nbytes()
-            self.stats.ledger.add(plain=nbytes, device=nbytes)
+            self.stats.ledger.add(plain=change * nbytes, device=change * nbytes)
 
     def _forget(self, packed: Packed) -> None:
         with LOCK:

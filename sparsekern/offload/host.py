@@ -9,6 +9,7 @@ allocator rounds every piece up to a power of two. Blocks are cut first-fit and 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,10 +84,14 @@ class HostPool:
         self,
         pin: Callable[[Tensor], bool],
         unpin: Callable[[Tensor], None],
-        allocate: Callable[[int], Tensor] = lambda n: torch.empty(n, dtype=torch.uint8),
+        allocate: Callable[[int], Tensor] = lambda n: torch.empty(
+            n, dtype=torch.uint8, device="cpu"
+        ),
     ):
         self._pin, self._unpin, self._allocate = pin, unpin, allocate
         self._slabs: list[_Slab] = []
+        # Blocks come back whenever the garbage collector drops their owner, in the middle of a take too.
+        self._given: deque[Block] = deque()
         self.pins = True  # until refused
 
     @property
@@ -97,12 +102,15 @@ class HostPool:
     @property
     def used(self) -> int:
         """Bytes of all blocks, with what alignment adds."""
-        return self.reserved - sum(size for s in self._slabs for _, size in s.free)
+        with LOCK:
+            self._collect()
+            return self.reserved - sum(size for s in self._slabs for _, size in s.free)
 
     def take(self, nbytes: int) -> Block | None:
         """A block, or None where the machine has no memory for it."""
         reserve = max(ALIGN, -(-nbytes // ALIGN) * ALIGN)
         with LOCK:
+            self._collect()
             for slab in self._slabs:
                 at = slab.take(reserve)
                 if at is not None:
@@ -129,7 +137,11 @@ class HostPool:
 
     def give(self, block: Block) -> None:
         """Take a block back. Nothing may be reading or writing it any more."""
-        with LOCK:
+        self._given.append(block)
+
+    def _collect(self) -> None:
+        while self._given:
+            block = self._given.popleft()
             block.slab.give(block.at, block.reserved)
 
     def shrink(self, block: Block, nbytes: int) -> None:
@@ -145,6 +157,7 @@ class HostPool:
     def trim(self) -> None:
         """Return slabs that no block is in to the operating system."""
         with LOCK:
+            self._collect()
             for slab in [s for s in self._slabs if s.unused]:
                 self._slabs.remove(slab)
                 if slab.pinned:

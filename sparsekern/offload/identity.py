@@ -94,6 +94,12 @@ class Version:
     def unchanged(self) -> bool:
         return self.alias._version == self.expected
 
+    def watched(self, t: Tensor) -> Tensor:
+        """The same memory, with the counter that is watched."""
+        alias = self.alias.detach()
+        alias.data = t
+        return alias
+
     def check(self) -> None:
         """As torch does where no hooks are set, with its words: hooks switch its own check off.
 
