@@ -211,8 +211,9 @@ class Stats:
             at = [(i, s[name]) for i, s in enumerate(steps, 1) if name in s and s[name].elements]
             label = name or "(outside modules)"
             marker = "o" if len(at) == 1 else None
-            left.plot([i for i, _ in at], [m.density for _, m in at], marker, ls="-", label=label)
-            right.plot([i for i, _ in at], [m.ratio for _, m in at], marker, ls="-", label=label)
+            i = [i for i, _ in at]
+            left.plot(i, [m.density for _, m in at], marker=marker, label=label)
+            right.plot(i, [m.ratio for _, m in at], marker=marker, label=label)
         left.set(xlabel="step", ylabel="non-zero elements", ylim=(0, 1), title="Density")
         right.set(
             xlabel="step",
