@@ -1005,7 +1005,7 @@ def test_reentrant_checkpoints_sixty_deep(offload):
         return x.grad
 
     assert_same_bits(gradient(offload), gradient(None))
-    assert offload.stats.total.packed.total()
+    assert offload.stats.total.seen > 70
 
 
 # ---- compiled ----
