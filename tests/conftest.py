@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import sparsekern as sk
 from sparsekern import backends
 from sparsekern.backends import cpu
+from sparsekern.offload import ActivationOffload, context
 
 COMPILED = cpu.unavailable(torch.device("cpu")) is None
 ISAS = cpu.isas() if COMPILED else []
@@ -17,13 +20,16 @@ ISAS = cpu.isas() if COMPILED else []
 # A fallback to a slower back end is an error in every test; without a compiled core it is all there is.
 os.environ.setdefault("SPARSEKERN_STRICT", "1" if COMPILED else "0")
 
+DATA = {"mnist_path": "mnist.npz", "text_path": "tinyshakespeare.txt"}  # fixture to file
+
 
 def pytest_addoption(parser):
     parser.addoption(
         "--data",
         type=Path,
         default=Path(__file__).parents[2] / "shared" / "data",
-        help="folder with real data that is not in the repository: mnist.npz in Keras's layout",
+        help="folder with real data that is not in the repository: mnist.npz in Keras's layout, "
+        "tinyshakespeare.txt",
     )
     parser.addoption(
         "--sanitized",
@@ -37,21 +43,20 @@ def pytest_configure(config):
         raise pytest.UsageError("--sanitized: the core in use was built without sanitizers")
 
 
-def mnist(config) -> Path:
-    return config.getoption("--data") / "mnist.npz"
-
-
 def pytest_collection_modifyitems(config, items):
     skip_cuda = pytest.mark.skip(reason="no CUDA device")
-    skip_data = pytest.mark.skip(reason="no mnist.npz in the folder that --data names")
     skip_compiled = pytest.mark.skip(reason="no compiled core")
     for item in items:
         if "compiled" in item.keywords and not COMPILED:
             item.add_marker(skip_compiled)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_cuda)
-        if "data" in item.keywords and not mnist(config).exists():
-            item.add_marker(skip_data)
+        if "data" in item.keywords:
+            names = [name for fixture, name in DATA.items() if fixture in item.fixturenames]
+            for name in names:
+                if not (config.getoption("--data") / name).exists():
+                    reason = f"no {name} in the folder that --data names"
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -72,7 +77,13 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture
 def mnist_path(request) -> Path:
     """The full MNIST in Keras's file layout; mark the test with `data`."""
-    return mnist(request.config)
+    return request.config.getoption("--data") / DATA["mnist_path"]
+
+
+@pytest.fixture
+def text_path(request) -> Path:
+    """The plays of Shakespeare, 1.1 MB of plain text; mark the test with `data`."""
+    return request.config.getoption("--data") / DATA["text_path"]
 
 
 @pytest.fixture(params=["reference", *ISAS])
@@ -96,3 +107,42 @@ def isa(request):
     cpu.set_isa(request.param)
     yield request.param
     cpu.set_isa(before)
+
+
+class Offloads:
+    """Makes offloads that take tensors of any size."""
+
+    def __init__(self) -> None:
+        self.made: list[ActivationOffload] = []
+
+    def __call__(self, to: str = "cpu", **settings) -> ActivationOffload:
+        self.made.append(sk.offload_activations(to, **{"min_bytes": 0, **settings}))
+        return self.made[-1]
+
+    def nothing_left(self) -> None:
+        """No byte that is counted, no block of host memory, no entry in a table."""
+        for transfer in context._transfers.values():
+            if transfer.streams.asynchronous:
+                torch.accelerator.synchronize()
+            transfer.sweep()
+            assert transfer.in_flight == 0
+            assert transfer.pool.used == 0
+        for offload in self.made:
+            assert offload.stats.ledger.now == {"plain": 0, "device": 0, "host": 0}
+            assert (offload._packed, offload._by_index, offload._kept) == ({}, {}, {})
+
+
+@pytest.fixture
+def offloads():
+    """Makes offloads, and insists at the end of the test that nothing is left of what they held."""
+    offloads = Offloads()
+    yield offloads
+    # Of a backward that failed, torch holds the nodes that were ready until the next one comes.
+    torch.zeros(1, requires_grad=True).sum().backward()
+    gc.collect()
+    offloads.nothing_left()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request) -> torch.device:
+    return torch.device(request.param)
