@@ -9,6 +9,7 @@ allocator rounds every piece up to a power of two. Blocks are cut first-fit and 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,7 @@ class HostPool:
     ):
         self._pin, self._unpin, self._allocate = pin, unpin, allocate
         self._slabs: list[_Slab] = []
+        self._given: deque[Block] = deque()  # back, and not yet joined to what is free
         self.pins = True  # until refused
 
     @property
@@ -97,12 +99,15 @@ class HostPool:
     @property
     def used(self) -> int:
         """Bytes of all blocks, with what alignment adds."""
+        with LOCK:
+            self._join()
         return self.reserved - sum(size for s in self._slabs for _, size in s.free)
 
     def take(self, nbytes: int) -> Block | None:
         """A block, or None where the machine has no memory for it."""
         reserve = max(ALIGN, -(-nbytes // ALIGN) * ALIGN)
         with LOCK:
+            self._join()
             for slab in self._slabs:
                 at = slab.take(reserve)
                 if at is not None:
@@ -128,13 +133,21 @@ class HostPool:
         return slab
 
     def give(self, block: Block) -> None:
-        """Take a block back. Nothing may be reading or writing it any more."""
-        with LOCK:
+        """Take a block back. Nothing may be reading or writing it any more.
+
+        Only noted here: finalizers call this, in the middle of this pool's own bookkeeping too.
+        """
+        self._given.append(block)
+
+    def _join(self) -> None:
+        while self._given:
+            block = self._given.popleft()
             block.slab.give(block.at, block.reserved)
 
     def trim(self) -> None:
         """Return slabs that no block is in to the operating system."""
         with LOCK:
+            self._join()
             for slab in [s for s in self._slabs if s.unused]:
                 self._slabs.remove(slab)
                 if slab.pinned:
