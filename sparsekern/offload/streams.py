@@ -6,6 +6,7 @@ CPU by a stand-in that runs copies as late as it is allowed to.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,9 @@ class Streams(Protocol):
 
     def current(self) -> Any:
         """The stream that compute is on now. Asked again at every use: it changes."""
+
+    def on(self, stream) -> contextlib.AbstractContextManager:
+        """Compute is on that stream inside, in this thread."""
 
     def side(self, direction: str) -> Any:
         """The stream that copies "out" of the device or "in"."""
@@ -55,6 +59,9 @@ class Immediate:
 
     def current(self) -> None:
         return None
+
+    def on(self, stream) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def side(self, direction: str) -> None:
         return None
@@ -96,6 +103,15 @@ class Accelerator:
     def current(self) -> torch.Stream:
         return torch.accelerator.current_stream(self.device)
 
+    def on(self, stream: torch.Stream) -> contextlib.AbstractContextManager:
+        # An object of its own: what to return to is kept on the object that is entered, so that two
+        # threads inside the same one would return to each other's stream.
+        return torch.Stream(
+            stream_id=stream.stream_id,
+            device_index=stream.device_index,
+            device_type=stream.device_type,
+        )
+
     def side(self, direction: str) -> torch.Stream:
         stream = self._sides.get(direction)
         if stream is None:
@@ -117,7 +133,7 @@ class Accelerator:
         event.synchronize()
 
     def copy(self, to: Tensor, source: Tensor, stream: torch.Stream) -> None:
-        with stream:
+        with self.on(stream):
             to.copy_(source, non_blocking=True)
 
     def used_on(self, t: Tensor, stream: torch.Stream) -> None:
