@@ -91,6 +91,7 @@ class Packed:
         "region",
         "site",
         "source",
+        "stream",
         "transfer",
         "version",
     )
@@ -107,6 +108,7 @@ class Packed:
     ):
         self.offload = offload
         self.transfer = transfer
+        self.stream = transfer.streams.current()
         self.region = at
         self.layout = (t.shape, t.stride()) if at.gathered else None
         self.dtype = t.dtype
@@ -123,7 +125,7 @@ class Packed:
         self.host = False
         self.index = next(offload._indices)
         self.plain = nbytes
-        self._cache: tuple[StorageWeakRef, int] | None = None
+        self._cache: tuple[StorageWeakRef, int, object] | None = None
         self._lock = threading.RLock()
         offload.stats.ledger.add(plain=self.plain)
 
@@ -160,17 +162,21 @@ class Packed:
             ValueError: the parts are corrupt.
         """
         with self._lock:
-            if self.held is not None:
-                return self.held
+            held = self.held  # once: another thread may be about to give it up
+            if held is not None:
+                return self.transfer.lend(held, self.stream)
+            current = self.transfer.streams.current()
             if self._cache is not None:
                 like = self.version.alias
-                ref, offset = self._cache
-                alive = revive(ref, like, (self.numel,), (1,), offset)
-                if alive is not None:
-                    return alive
+                ref, offset, stream = self._cache
+                # Another stream is not ordered behind the decoding.
+                if stream == current:
+                    alive = revive(ref, like, (self.numel,), (1,), offset)
+                    if alive is not None:
+                        return alive
             parts = [p.get() for p in self.parts]
             out = codec.decode(self.codec, parts, self.numel, self.dtype, self.nonzeros)
-            self._cache = StorageWeakRef(out.untyped_storage()), out.storage_offset()
+            self._cache = StorageWeakRef(out.untyped_storage()), out.storage_offset(), current
             return out
 
     def prefetch(self) -> bool:
@@ -208,7 +214,7 @@ class Saved:
         if packed.version.unchanged():
             original = revive(packed.source, like, self.size, self.stride, self.offset)
             if original is not None:
-                return original
+                return packed.transfer.lend(original, packed.stream)
         elements = packed.elements()
         if not packed.region.gathered:
             at = elements.storage_offset() + self.offset - packed.region.lo
@@ -379,7 +385,8 @@ class ActivationOffload:
                 return False
             encoded = codec.Encoded("raw", (source,))
         shared = self._same_mask(encoded, transfer)
-        parts = [Part(p, transfer, ledger) for p in encoded.parts[len(shared) :]]
+        made = transfer.now()
+        parts = [Part(p, made, transfer, ledger) for p in encoded.parts[len(shared) :]]
         if packed.host:
             for part in parts:
                 refusal = part.move_out()
@@ -456,6 +463,10 @@ class ActivationOffload:
         start = time.perf_counter()
         nonzeros, wrong = packed.outcome.values()
         self.stats.wait_seconds += time.perf_counter() - start
+        with packed.transfer.streams.on(packed.stream):  # whose memory all of it is
+            self._conclude(packed, nonzeros, wrong)
+
+    def _conclude(self, packed: Packed, nonzeros: int, wrong: int) -> None:
         module, site = packed.site
         source = packed.held
         encoded = codec.finish(packed.begun, nonzeros, wrong)

@@ -10,12 +10,15 @@ The rules, each with the failure it prevents:
 4. Compute waits for the reload's event at its first use, on the stream that uses it.
 5. A host block, or a reload nobody used, returns to its pool only when the events on it have happened.
 6. Streams are asked for at every use, never remembered: backward may run on other ones, in other threads.
+7. Memory that another stream than its own has used is marked so: freed, it goes back to the stream it was
+   allocated on, which knows nothing of the other.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,16 +41,24 @@ class Transfer:
         self._stashed = 0
         self._limbo: list[tuple[list, object]] = []  # (events, block or tensor): dead, still in use
 
-    def out(self, source: Tensor) -> tuple[Block, object] | None:
-        """Start copying to the host. The block and the event of its arrival, or None where there is no room."""
+    def now(self) -> tuple:
+        """The current stream, and the event of all that is on it now."""
+        stream = self.streams.current()
+        return stream, self.streams.record(stream)
+
+    def out(self, source: Tensor, compute, made) -> tuple[Block, object] | None:
+        """Start copying to the host what stream `compute` has made by the event `made`.
+
+        The block and the event of its arrival, or None where there is no room.
+        """
         self.sweep()
         block = self.pool.take(source.nbytes)
         if block is None:
             return None
         s = self.streams
         try:
-            compute, side = s.current(), s.side("out")
-            s.wait(side, s.record(compute))
+            side = s.side("out")
+            s.wait(side, made)
             s.copy(block.tensor, source.view(torch.uint8), side)
             copied = s.record(side)
         except BaseException:
@@ -60,25 +71,28 @@ class Transfer:
             self._unstash()
         return block, copied
 
-    def back(self, block: Block, arrived, dtype: torch.dtype, device: torch.device) -> Reload:
+    def back(self, block: Block, arrived, dtype: torch.dtype, device: torch.device) -> Placed:
         """Start copying a block to the device."""
         s = self.streams
-        compute = s.current()
         target = torch.empty(block.nbytes // dtype.itemsize, dtype=dtype, device=device)
+        compute, allocated = self.now()
         side = s.side("in")
-        s.wait(side, s.record(compute))
+        s.wait(side, allocated)
         s.wait(side, arrived)
         s.copy(target.view(torch.uint8), block.tensor, side)
-        return Reload(target, compute, s.record(side))
+        return Placed(target, compute, s.record(side))
 
-    def use(self, reload: Reload) -> Tensor:
-        """The reloaded bytes, on the current stream."""
-        s = self.streams
-        compute = s.current()
-        s.wait(compute, reload.arrived)
-        if compute != reload.allocated_on:
-            s.used_on(reload.tensor, compute)
-        return reload.tensor
+    def use(self, placed: Placed) -> Tensor:
+        """The bytes, on the current stream."""
+        self.streams.wait(self.streams.current(), placed.ready)
+        return self.lend(placed.tensor, placed.stream)
+
+    def lend(self, t: Tensor, stream) -> Tensor:
+        """`t`, which is kept here for `stream`, for the current one; the last to hold it may be we."""
+        current = self.streams.current()
+        if current != stream:
+            self.streams.used_on(t, current)
+        return t
 
     def ask(self, scalars: Tensor) -> Answer:
         """Send a few int64 to the host, behind what is on the compute stream now, without waiting."""
@@ -110,6 +124,7 @@ class Transfer:
                 copied, source, compute = self._stash.popleft()
                 self._stashed -= source.nbytes
                 s.wait(compute, copied)  # compute waits, the host does not
+                s.used_on(source, compute)  # the memory may be another stream's
 
     @property
     def in_flight(self) -> int:
@@ -117,15 +132,13 @@ class Transfer:
         return len(self._stash) + len(self._limbo)
 
 
-class Reload:
-    """A block on its way back."""
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Memory of the device: the stream it was allocated on, and the event from which on it holds what it should."""
 
-    __slots__ = ("allocated_on", "arrived", "tensor")
-
-    def __init__(self, tensor: Tensor, allocated_on, arrived):
-        self.tensor = tensor
-        self.allocated_on = allocated_on
-        self.arrived = arrived
+    tensor: Tensor
+    stream: object
+    ready: object
 
 
 class Answer:
@@ -164,6 +177,9 @@ class Part:
     """One array of an encoded tensor, on the device or on the host, for as long as somebody needs it.
 
     Several packed objects may hold the same part.
+
+    Args:
+        made: the stream that has made it and the event of that.
     """
 
     __slots__ = (
@@ -172,22 +188,22 @@ class Part:
         "_block",
         "_ledger",
         "_lock",
+        "_placed",
         "_reload",
         "_reloads",
-        "_tensor",
         "_transfer",
         "device",
         "dtype",
         "nbytes",
     )
 
-    def __init__(self, tensor: Tensor, transfer: Transfer, ledger):
-        self._tensor: Tensor | None = tensor
+    def __init__(self, tensor: Tensor, made: tuple, transfer: Transfer, ledger):
+        self._placed: Placed | None = Placed(tensor, *made)
         self._transfer = transfer
         self._ledger = ledger
         self._block: Block | None = None
         self._arrived = None
-        self._reload: Reload | None = None
+        self._reload: Placed | None = None
         self._reloads: list = []  # events of copies that read the block
         self._lock = threading.RLock()
         self.dtype, self.device, self.nbytes = tensor.dtype, tensor.device, tensor.nbytes
@@ -199,14 +215,15 @@ class Part:
             return "host bytes are at max_host_bytes: what comes stays on the device"
         moved = None
         try:
-            moved = self._transfer.out(self._tensor)
+            placed = self._placed
+            moved = self._transfer.out(placed.tensor, placed.stream, placed.ready)
         finally:
             if moved is None:
                 self._ledger.add(host=-self.nbytes)
         if moved is None:
             return "the host has no memory left: what comes stays on the device"
         self._block, self._arrived = moved
-        self._tensor = None
+        self._placed = None
         self._ledger.add(device=-self.nbytes)
         return ""
 
@@ -216,7 +233,7 @@ class Part:
 
     def here(self) -> Tensor:
         """The array where it is now, for a device whose copies are done at once."""
-        return self._tensor if self._block is None else self._block.tensor.view(self.dtype)
+        return self._placed.tensor if self._block is None else self._block.tensor.view(self.dtype)
 
     def fetch(self) -> None:
         """Start bringing it back, if it is not here or on its way."""
@@ -226,13 +243,13 @@ class Part:
             transfer = self._transfer
             self._reload = transfer.back(self._block, self._arrived, self.dtype, self.device)
             self._reloads = [e for e in self._reloads if not transfer.streams.done(e)]
-            self._reloads.append(self._reload.arrived)
+            self._reloads.append(self._reload.ready)
 
     def get(self) -> Tensor:
         """The array on the device, for the current stream. Not kept here: a second call reloads."""
         with self._lock:
             if self._block is None:
-                return self._tensor
+                return self._transfer.use(self._placed)
             self.fetch()
             reload, self._reload = self._reload, None
             return self._transfer.use(reload)
@@ -241,8 +258,8 @@ class Part:
         block = getattr(self, "_block", None)
         if block is not None:
             if self._reload is not None:
-                self._transfer.retire([self._reload.arrived], self._reload.tensor)
+                self._transfer.retire([self._reload.ready], self._reload.tensor)
             self._transfer.retire([self._arrived, *self._reloads], block)
             self._ledger.add(host=-self.nbytes)
-        elif getattr(self, "_tensor", None) is not None:
+        elif getattr(self, "_placed", None) is not None:
             self._ledger.add(device=-self.nbytes)
