@@ -39,7 +39,7 @@ class Transfer:
         self.ahead = ahead
         self._stash: deque[tuple[object, Tensor, object]] = deque()  # (copied, source, its stream)
         self._stashed = 0
-        self._limbo: list[tuple[list, object]] = []  # (events, block or tensor): dead, still in use
+        self._limbo: deque[tuple[list, object]] = deque()  # (events, block or tensor): dead, in use
 
     def now(self) -> tuple:
         """The current stream, and the event of all that is on it now."""
@@ -96,23 +96,31 @@ class Transfer:
 
     def ask(self, scalars: Tensor) -> Answer:
         """Send a few int64 to the host, behind what is on the compute stream now, without waiting."""
+        self.sweep()
         return Answer(self, scalars)
 
     def retire(self, events: list, what: Block | Tensor) -> None:
-        """Free a block, or the target of a reload, once the events have happened."""
-        if all(self.streams.done(e) for e in events):
-            if isinstance(what, Block):
-                self.pool.give(what)
-            return
-        with LOCK:
+        """Free a block, or the target of a reload, once the events have happened: in a later :meth:`sweep`.
+
+        Finalizers call this, at any time: it asks and frees nothing.
+        """
+        if self.streams.asynchronous:
             self._limbo.append((events, what))
+        elif isinstance(what, Block):
+            self.pool.give(what)
 
     def sweep(self) -> None:
-        """Free what has become free."""
+        """Free what has become free, the oldest first: most events here are in the order of their streams.
+
+        Asking all of them each time would take, in a backward pass that the host runs ahead of, a time
+        that grows with the square of its length.
+        """
+        s = self.streams
         with LOCK:
-            limbo, self._limbo = self._limbo, []
-        for events, what in limbo:
-            self.retire(events, what)
+            while self._limbo and all(s.done(e) for e in self._limbo[0][0]):
+                what = self._limbo.popleft()[1]
+                if isinstance(what, Block):
+                    self.pool.give(what)
         self._unstash()
 
     def _unstash(self) -> None:
