@@ -16,6 +16,7 @@ The rules, each with the failure it prevents:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -56,19 +57,16 @@ class Transfer:
         if block is None:
             return None
         s = self.streams
-        try:
-            side = s.side("out")
+        side = s.side("out")
+        with self.all_or_nothing(side, block):
             s.wait(side, made)
             s.copy(block.tensor, source.view(torch.uint8), side)
             copied = s.record(side)
-        except BaseException:
-            self.pool.give(block)
-            raise
-        if s.asynchronous:
-            with LOCK:
-                self._stash.append((copied, source, compute))
-                self._stashed += source.nbytes
-            self._unstash()
+            if s.asynchronous:
+                with LOCK:
+                    self._stash.append((copied, source, compute))
+                    self._stashed += source.nbytes
+                self._unstash()
         return block, copied
 
     def back(self, block: Block, arrived, dtype: torch.dtype, device: torch.device) -> Placed:
@@ -77,10 +75,22 @@ class Transfer:
         target = torch.empty(block.nbytes // dtype.itemsize, dtype=dtype, device=device)
         compute, allocated = self.now()
         side = s.side("in")
-        s.wait(side, allocated)
-        s.wait(side, arrived)
-        s.copy(target.view(torch.uint8), block.tensor, side)
-        return Placed(target, compute, s.record(side))
+        with self.all_or_nothing(side):
+            s.wait(side, allocated)
+            s.wait(side, arrived)
+            s.copy(target.view(torch.uint8), block.tensor, side)
+            return Placed(target, compute, s.record(side))
+
+    @contextlib.contextmanager
+    def all_or_nothing(self, stream, block: Block | None = None):
+        """Where queueing breaks off, an interrupt say: what was queued is over before its memory is freed."""
+        try:
+            yield
+        except BaseException:
+            self.streams.synchronize(self.streams.record(stream))
+            if block is not None:
+                self.pool.give(block)
+            raise
 
     def use(self, placed: Placed) -> Tensor:
         """The bytes, on the current stream."""
@@ -129,10 +139,11 @@ class Transfer:
             while self._stash and s.done(self._stash[0][0]):
                 self._stashed -= self._stash.popleft()[1].nbytes
             while self._stashed > self.ahead:
-                copied, source, compute = self._stash.popleft()
-                self._stashed -= source.nbytes
+                copied, source, compute = self._stash[0]
                 s.wait(compute, copied)  # compute waits, the host does not
                 s.used_on(source, compute)  # the memory may be another stream's
+                self._stash.popleft()
+                self._stashed -= source.nbytes
 
     @property
     def in_flight(self) -> int:
@@ -157,14 +168,17 @@ class Answer:
     def __init__(self, transfer: Transfer, scalars: Tensor):
         s = transfer.streams
         self._transfer = transfer
-        self._block = transfer.pool.take(scalars.nbytes) if s.asynchronous else None
+        self._block: Block | None = None
         self._values: list[int] | None = None
-        if self._block is None:
+        block = transfer.pool.take(scalars.nbytes) if s.asynchronous else None
+        if block is None:
             self._values = scalars.tolist()
             return
         compute = s.current()
-        s.copy(self._block.tensor, scalars.view(torch.uint8), compute)
-        self._arrived = s.record(compute)
+        with transfer.all_or_nothing(compute, block):
+            s.copy(block.tensor, scalars.view(torch.uint8), compute)
+            self._arrived = s.record(compute)
+        self._block = block
 
     def ready(self) -> bool:
         return self._values is not None or self._transfer.streams.done(self._arrived)
@@ -259,8 +273,9 @@ class Part:
             if self._block is None:
                 return self._transfer.use(self._placed)
             self.fetch()
-            reload, self._reload = self._reload, None
-            return self._transfer.use(reload)
+            tensor = self._transfer.use(self._reload)
+            self._reload = None
+            return tensor
 
     def __del__(self):
         block = getattr(self, "_block", None)
