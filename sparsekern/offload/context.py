@@ -454,8 +454,10 @@ class ActivationOffload:
                     held = sum(p.plain for p in waiting if p is not None)
                     if not packed.outcome.ready() and held <= packed.transfer.ahead:
                         return
-                    self._outcome(packed)
+                # Off the list first: an error leaves this one as it is, held, and the others to come.
                 self._pending.popleft()
+                if packed is not None:
+                    self._outcome(packed)
         finally:
             self._settling.release()
 
