@@ -280,6 +280,13 @@ class ActivationOffload:
             self._local.stack = []
         return self._local.stack
 
+    def _site(self) -> tuple[str, int]:
+        """Where the tensor being packed is saved."""
+        stack = self._stack()
+        # Autograd takes the hooks along into threads of its own, which never entered: those in which
+        # backward runs on a device (create_graph) or goes on when it is nested deeply (checkpoints).
+        return stack[-1][1].site() if stack else ("", -1)
+
     def _own(self, item: Tensor | nn.Module) -> None:
         if isinstance(item, nn.Module):
             self._owned.add(itertools.chain(item.parameters(), item.buffers()))
@@ -308,7 +315,7 @@ class ActivationOffload:
             self.stats.pack_seconds += time.perf_counter() - start
 
     def _pack_tensor(self, t: Tensor) -> Kept | Saved:
-        module, _ = site_key = self._stack()[-1][1].site()
+        module, _ = site_key = self._site()
         self.stats.count(module, seen=1)
         reason = _foreign(t)
         if not reason and (t in self._owned or leaf_or_its_copy(t)):
