@@ -325,13 +325,15 @@ class ActivationOffload:
             reason = "small"
         if reason:
             return self._leave(t, module, reason)
+        transfer = self._transfer(t.device)
+        if transfer.streams.capturing():
+            return self._leave(t, module, "graph capture")
         at, version = region(t), Version(t)
         packed = self._find(t, at)
         if packed is not None:
             self.stats.count(module, shared=1)
             return Saved(packed, t, version)
         source = flat(t.detach(), at)
-        transfer = self._transfer(t.device)
         site = self._policy.site(site_key)
         plan = self._policy.plan(source, site, transfer.streams, transfer.ask)
         if plan.codec is None:
@@ -352,7 +354,10 @@ class ActivationOffload:
 
     def _find(self, t: Tensor, at: Region) -> Packed | None:
         with LOCK:
-            candidates = [ref() for ref in self._packed.get(storage_key(t), {}).values()]
+            # First the references, at once: what is looked at may be the last of a packed object, which
+            # takes itself out of there.
+            refs = tuple(self._packed.get(storage_key(t), {}).values())
+        candidates = [ref() for ref in refs]
         return next((p for p in candidates if p is not None and p.covers(t, at)), None)
 
     def _encode(self, packed: Packed, source: Tensor, plan: policy.Plan) -> bool:
@@ -457,6 +462,8 @@ class ActivationOffload:
             while self._pending:
                 packed = self._pending[0]()
                 if packed is not None:
+                    if packed.transfer.streams.capturing():
+                        return
                     waiting = (ref() for ref in tuple(self._pending))
                     held = sum(p.plain for p in waiting if p is not None)
                     if not packed.outcome.ready() and held <= packed.transfer.ahead:
@@ -521,8 +528,12 @@ class ActivationOffload:
                 return
             ref = self._by_index.get(index)
             before = None if ref is None else ref()
-            if before is not None and before.transfer is packed.transfer and before.prefetch():
-                left -= 1
+            if before is None or before.transfer is not packed.transfer:
+                continue
+            try:
+                left -= before.prefetch()
+            except torch.OutOfMemoryError:
+                return  # by the time that it is needed more may be free
 
     # ---- called by what is dying ----
 

@@ -27,6 +27,9 @@ class Streams(Protocol):
     def side(self, direction: str) -> Any:
         """The stream that copies "out" of the device or "in"."""
 
+    def capturing(self) -> bool:
+        """Whether the current stream's work is only recorded, for a graph: nothing may be asked or waited for."""
+
     def record(self, stream) -> Any:
         """An event that happens when all work now on the stream is done."""
 
@@ -65,6 +68,9 @@ class Immediate:
 
     def side(self, direction: str) -> None:
         return None
+
+    def capturing(self) -> bool:
+        return False
 
     def record(self, stream) -> None:
         return None
@@ -117,6 +123,9 @@ class Accelerator:
         if stream is None:
             stream = self._sides[direction] = torch.Stream(device=self.device)
         return stream
+
+    def capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def record(self, stream: torch.Stream) -> torch.Event:
         event = torch.Event(device=self.device)
