@@ -152,7 +152,14 @@ class Accelerator:
         # Registered, not allocated pinned: torch's allocator would round up to a power of two.
         if self.device.type != "cuda" or torch.version.hip is not None:
             return False
-        return int(torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.nbytes, 0)) == 0
+        portable = 1  # cudaHostRegisterPortable: whichever device is current here
+        if int(torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.nbytes, portable)) == 0:
+            return True
+        # The runtime remembers the refusal, and the next launch in this thread would raise it as its
+        # own error (torch has no binding of cudaGetLastError, vllm#50070). So here is one.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=self.device)
+        return False
 
     def unpin(self, t: Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(t.data_ptr())
