@@ -48,6 +48,7 @@ from .transfer import Answer, Part, Transfer
 
 TO = ("auto", "cpu", "device")
 LOOK_BACK = 64  # packed objects, to find the next ones to prefetch
+WARM = 2  # decodings of shared packed objects that are kept for their next use
 
 
 class Kept:
@@ -89,11 +90,13 @@ class Packed:
         "parts",
         "plain",
         "region",
+        "shared",
         "site",
         "source",
         "stream",
         "transfer",
         "version",
+        "warm",
     )
 
     def __init__(
@@ -125,6 +128,8 @@ class Packed:
         self.host = False
         self.index = next(offload._indices)
         self.plain = nbytes
+        self.shared = False  # whether several saved tensors look at it
+        self.warm: Tensor | None = None  # its decoding, for the next of them
         self._cache: tuple[StorageWeakRef, int, object] | None = None
         self._lock = threading.RLock()
         offload.stats.ledger.add(plain=self.plain)
@@ -177,10 +182,15 @@ class Packed:
             parts = [p.get() for p in self.parts]
             out = codec.decode(self.codec, parts, self.numel, self.dtype, self.nonzeros)
             self._cache = StorageWeakRef(out.untyped_storage()), out.storage_offset(), current
+            if self.shared:
+                self.warm = out
+                self.offload._warmed(self)
             return out
 
     def prefetch(self) -> bool:
         """Start to bring the parts back, where there is something to bring."""
+        if self._cache is not None:
+            return False  # decoded once: most likely the op at hand saved it too (a second backward fetches late)
         if not self.host or self.held is not None or not self.source.expired():
             return False
         for part in self.parts:
@@ -255,6 +265,7 @@ class ActivationOffload:
         self._pending: deque[weakref.ref[Packed]] = deque()
         self._recent: deque[weakref.ref[Packed]] = deque(maxlen=4)
         self._kept: dict[int, int] = {}  # storage key to how many kept tensors look at it
+        self._warm: deque[weakref.ref[Packed]] = deque()
         self._settling = threading.Lock()
         self._local = threading.local()
         self._warned: set[str] = set()
@@ -332,6 +343,7 @@ class ActivationOffload:
         packed = self._find(t, at)
         if packed is not None:
             self.stats.count(module, shared=1)
+            packed.shared = True
             return Saved(packed, t, version)
         source = flat(t.detach(), at)
         site = self._policy.site(site_key)
@@ -534,6 +546,18 @@ class ActivationOffload:
                 left -= before.prefetch()
             except torch.OutOfMemoryError:
                 return  # by the time that it is needed more may be free
+
+    def _warmed(self, packed: Packed) -> None:
+        """What an op gives is often saved by it and by the next: then both come one after the other in backward.
+
+        The decoding stays for the second, or until others have come. With their last saved tensor, packed
+        object and decoding are gone anyway.
+        """
+        self._warm.append(weakref.ref(packed))
+        while len(self._warm) > WARM:
+            cold = self._warm.popleft()()
+            if cold is not None and cold is not packed:
+                cold.warm = None
 
     # ---- called by what is dying ----
 
