@@ -48,6 +48,7 @@ from .transfer import Answer, Part, Room, Transfer
 
 TO = ("auto", "cpu", "device")
 LOOK_BACK = 64  # packed objects, to find the next ones to prefetch
+WARM = 2  # decodings of shared packed objects that are kept for their next use
 
 
 class Kept:
@@ -90,10 +91,13 @@ class Packed:
         "plain",
         "region",
         "room",
+        "shared",
         "site",
         "source",
+        "stream",
         "transfer",
         "version",
+        "warm",
     )
 
     def __init__(
@@ -108,6 +112,7 @@ class Packed:
     ):
         self.offload = offload
         self.transfer = transfer
+        self.stream = transfer.streams.current()
         self.region = at
         self.layout = (t.shape, t.stride()) if at.gathered else None
         self.dtype = t.dtype
@@ -125,7 +130,9 @@ class Packed:
         self.host = False
         self.index = next(offload._indices)
         self.plain = nbytes
-        self._cache: tuple[StorageWeakRef, int, Version] | None = None
+        self.shared = False  # whether several saved tensors look at it
+        self.warm: Tensor | None = None  # its decoding, for the next of them
+        self._cache: tuple[StorageWeakRef, int, Version, object] | None = None
         self._lock = threading.RLock()
         offload.stats.ledger.add(plain=self.plain)
 
@@ -162,24 +169,33 @@ class Packed:
             ValueError: the parts are corrupt.
         """
         with self._lock:
-            if self.held is not None:
-                return self.held
+            held = self.held  # once: another thread may be about to give it up
+            if held is not None:
+                return self.transfer.lend(held, self.stream)
+            current = self.transfer.streams.current()
             if self._cache is not None:
-                ref, offset, version = self._cache
-                alive = revive(ref, version.alias, (self.numel,), (1,), offset)
-                if alive is not None and version.unchanged():
-                    return version.watched(alive)
+                ref, offset, version, stream = self._cache
+                # Another stream is not ordered behind the decoding.
+                if stream == current:
+                    alive = revive(ref, version.alias, (self.numel,), (1,), offset)
+                    if alive is not None and version.unchanged():
+                        return version.watched(alive)
             # What decodes to new memory may read the host's own where it lies.
             in_place = self.codec != "raw" and not self.transfer.streams.asynchronous
             parts = [p.here() if in_place else p.get() for p in self.parts]
             out = codec.decode(self.codec, parts, self.numel, self.dtype, self.nonzeros)
             # Whoever gets it may write to it, or make it a gradient that others are added to.
             storage = StorageWeakRef(out.untyped_storage())
-            self._cache = storage, out.storage_offset(), Version(out)
+            self._cache = storage, out.storage_offset(), Version(out), current
+            if self.shared:
+                self.warm = out
+                self.offload._warmed(self)
             return out
 
     def prefetch(self) -> bool:
         """Start to bring the parts back, where there is something to bring."""
+        if self._cache is not None:
+            return False  # decoded once: most likely the op at hand saved it too (a second backward fetches late)
         if not self.host or self.held is not None or not self.source.expired():
             return False
         for part in self.parts:
@@ -214,6 +230,7 @@ class Saved:
             original = revive(packed.source, like, self.size, self.stride, self.offset)
             if original is not None:
                 # Held: a gradient that is this very tensor is then copied for its leaf, not handed over.
+                packed.transfer.lend(original, packed.stream)
                 self.original = self.version.watched(original)
                 return self.original
         elements = packed.elements()
@@ -256,6 +273,7 @@ class ActivationOffload:
         self._pending: deque[weakref.ref[Packed]] = deque()
         self._recent: deque[weakref.ref[Packed]] = deque(maxlen=4)
         self._kept: dict[int, tuple[int, int]] = {}  # storage key to (kept tensors, counted bytes)
+        self._warm: deque[weakref.ref[Packed]] = deque()
         self._settling = threading.Lock()
         self._local = threading.local()
         self._elsewhere = names.Trace(self._enter_model)
@@ -289,7 +307,11 @@ class ActivationOffload:
         return self._local.stack
 
     def _trace(self) -> names.Trace:
-        """Where this thread is. Autograd's own have the hooks of the one that called backward, and entered nothing."""
+        """Where this thread is.
+
+        Autograd takes the hooks along into threads of its own, which never entered: those in which
+        backward runs on a device (create_graph) or goes on when it is nested deeply (checkpoints).
+        """
         stack = self._stack()
         return stack[-1][1] if stack else self._elsewhere
 
@@ -330,13 +352,16 @@ class ActivationOffload:
             reason = "small"
         if reason:
             return self._leave(t, module, reason)
+        transfer = self._transfer(t.device)
+        if transfer.streams.capturing():
+            return self._leave(t, module, "graph capture")
         at, version = region(t), Version(t)
         packed = self._find(t, at)
         if packed is not None:
             self.stats.count(module, seen=1, shared=1)
+            packed.shared = True
             return Saved(packed, t, version)
         source = flat(t.detach(), at)
-        transfer = self._transfer(t.device)
         site = self._policy.site(site_key)
         plan = self._policy.plan(source, site, transfer.streams, transfer.ask)
         if plan.codec is None:
@@ -358,7 +383,8 @@ class ActivationOffload:
 
     def _find(self, t: Tensor, at: Region) -> Packed | None:
         with LOCK:
-            # A copy: the garbage collector may drop one of them in between.
+            # First the references, at once: what is looked at may be the last of a packed object, which
+            # takes itself out of there.
             refs = tuple(self._packed.get(storage_key(t), {}).values())
         candidates = [ref() for ref in refs]
         return next((p for p in candidates if p is not None and p.covers(t, at)), None)
@@ -398,7 +424,7 @@ class ActivationOffload:
             encoded = codec.Encoded("raw", (source,))
         shared = self._same_mask(encoded, transfer)
         if encoded.codec == "raw":
-            parts = [Part(source, transfer, ledger)]
+            parts = [Part(source, transfer.now(), transfer, ledger)]
         else:
             own = range(len(shared), len(encoded.parts))
             parts = [packed.room.part(i, encoded.parts[i], ledger) for i in own]
@@ -465,12 +491,16 @@ class ActivationOffload:
             while self._pending:
                 packed = self._pending[0]()
                 if packed is not None:
+                    if packed.transfer.streams.capturing():
+                        return
                     waiting = (ref() for ref in tuple(self._pending))
                     held = sum(p.plain for p in waiting if p is not None)
                     if not packed.outcome.ready() and held <= packed.transfer.ahead:
                         return
-                    self._outcome(packed, packed.held)
+                # Off the list first: an error leaves this one as it is, held, and the others to come.
                 self._pending.popleft()
+                if packed is not None:
+                    self._outcome(packed, packed.held)
         finally:
             self._settling.release()
 
@@ -479,6 +509,10 @@ class ActivationOffload:
         start = time.perf_counter()
         nonzeros, wrong = packed.outcome.values()
         self.stats.wait_seconds += time.perf_counter() - start
+        with packed.transfer.streams.on(packed.stream):  # whose memory all of it is
+            return self._conclude(packed, source, nonzeros, wrong)
+
+    def _conclude(self, packed: Packed, source: Tensor, nonzeros: int, wrong: int) -> bool:
         module, site = packed.site
         encoded = codec.finish(packed.begun, nonzeros, wrong)
         if (
@@ -525,8 +559,24 @@ class ActivationOffload:
                 return
             ref = self._by_index.get(index)
             before = None if ref is None else ref()
-            if before is not None and before.transfer is packed.transfer and before.prefetch():
-                left -= 1
+            if before is None or before.transfer is not packed.transfer:
+                continue
+            try:
+                left -= before.prefetch()
+            except torch.OutOfMemoryError:
+                return  # by the time that it is needed more may be free
+
+    def _warmed(self, packed: Packed) -> None:
+        """What an op gives is often saved by it and by the next: then both come one after the other in backward.
+
+        The decoding stays for the second, or until others have come. With their last saved tensor, packed
+        object and decoding are gone anyway.
+        """
+        self._warm.append(weakref.ref(packed))
+        while len(self._warm) > WARM:
+            cold = self._warm.popleft()()
+            if cold is not None and cold is not packed:
+                cold.warm = None
 
     # ---- called by what is dying ----
 

@@ -136,7 +136,10 @@ class HostPool:
         return slab
 
     def give(self, block: Block) -> None:
-        """Take a block back. Nothing may be reading or writing it any more."""
+        """Take a block back. Nothing may be reading or writing it any more.
+
+        Only noted here: finalizers call this, in the middle of this pool's own bookkeeping too.
+        """
         self._given.append(block)
 
     def _collect(self) -> None:
