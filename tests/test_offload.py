@@ -647,7 +647,7 @@ def test_the_original_serves_while_somebody_holds_it(offload):
 
 
 def parameters_of(offload) -> int:
-    return offload.stats.total.kept["parameter"]
+    return offload.stats.total.kept["param"]
 
 
 def test_weights_are_left_alone_as_views_too(offload, device):
@@ -657,7 +657,7 @@ def test_weights_are_left_alone_as_views_too(offload, device):
     with offload:
         model(batch).sum().backward()
     total = offload.stats.total
-    assert total.kept["parameter"] == 2  # the first layer has no use for its own
+    assert total.kept["param"] == 2  # the first layer has no use for its own
     assert total.seen == 5
     assert offload.stats.peak_bytes["plain"] == 4 * 8 * (20 + 30 + 40)
 
@@ -726,7 +726,7 @@ def test_keep(as_list, offloads):
     offload = offloads(keep=keep)
     with offload:
         loss = (torch.randn(100, 10, requires_grad=True) * constant).sum()
-    assert offload.stats.total.kept == {"parameter": 1}
+    assert offload.stats.total.kept == {"param": 1}
     loss.backward()
 
 

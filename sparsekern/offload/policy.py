@@ -93,7 +93,8 @@ def measure(streams: Streams, device: torch.device, nbytes: int = 32 << 20) -> R
         if pinned:
             streams.unpin(host)
     mask, values, offsets = torch.ops.sparsekern.pack_zvc(half)
-    codes = timed(lambda: torch.ops.sparsekern.pack_zvc_out(half, mask, half, offsets, offsets[:1]))
+    parts = [mask.clone(), torch.empty_like(half), offsets.clone(), offsets.new_empty(1)]
+    codes = timed(lambda: torch.ops.sparsekern.pack_zvc_out(half, *parts))
     codes += timed(lambda: torch.ops.sparsekern.unpack_zvc(mask, values, offsets, [half.numel()]))
     return Rates(link=nbytes / max(out, back), codec=nbytes / codes)
 

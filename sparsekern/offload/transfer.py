@@ -219,14 +219,16 @@ class Room:
 
     def part(self, i: int, array: Tensor, ledger) -> Part:
         """The i-th array made here, or its beginning, as a part that owns it."""
-        block, self._blocks[i] = self._blocks[i], None
+        block = self._blocks[i]
         if block is not None:
             self._transfer.pool.shrink(block, array.nbytes)
         else:
             whole = array.untyped_storage().nbytes()
             if array.nbytes < whole - whole // 8:
                 array = array.clone()
-        return Part(array, self._transfer.now(), self._transfer, ledger, block)
+        made = self._transfer.now()
+        self._blocks[i] = None  # last: what breaks off before leaves the block here
+        return Part(array, made, self._transfer, ledger, block)
 
     def __del__(self):
         for block in getattr(self, "_blocks", ()):
