@@ -43,13 +43,15 @@ def main() -> None:
 
 def _console() -> Console:
     """Made per call, so that it writes to the standard output of that moment."""
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def _refuse(error: Exception | str) -> NoReturn:
     """Bad input: one line on standard error, exit code 2."""
     message = escape(" ".join(str(error).split()))
-    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
+    Console(stderr=True, highlight=False, emoji=False).print(
+        f"[red]error:[/red] {message}", soft_wrap=True
+    )
     raise typer.Exit(2)
 
 
@@ -254,3 +256,104 @@ def demo(
     except demonstration.DemoError as error:
         _refuse(error)
     raise typer.Exit(0 if results.checks_passed else 1)
+
+
+@app.command("offload-report")
+def offload_report(
+    net: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in net (see --list), or package.module:factory of your own, where factory() "
+            "returns (model, step) and step() runs a forward pass and returns the loss.",
+            show_default=False,
+        ),
+    ] = "",
+    as_list: Annotated[bool, typer.Option("--list", help="List the built-in nets.")] = False,
+    to: Annotated[
+        str, typer.Option(help="auto, cpu or device; see sk.offload_activations.")
+    ] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of a built-in net.")] = 32,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pixels of an image's side, or tokens of a sequence, of a built-in net. A small default.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps each way.")] = 10,
+    min_bytes: Annotated[
+        int, typer.Option(min=0, help="Tensors of fewer bytes are left alone.")
+    ] = 256 << 10,
+    max_host_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Cap on bytes on the host. Default: 3/4 of what is free.",
+            show_default=False,
+        ),
+    ] = None,
+    min_ratio: Annotated[
+        float, typer.Option(help="Compression ratio from which compressing is worth it.")
+    ] = 1.25,
+    device: Annotated[
+        str, typer.Option(help="Device of a built-in net: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Element type of a built-in net: fp32, bf16 or fp16.")
+    ] = "fp32",
+    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Seed.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.json and report.png (the memory curve with and without, density and "
+            "ratio by layer over the steps); made if missing.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """What sk.offload_activations would give a network: bytes saved, time paid, layer by layer.
+
+    Trains it for some steps, alternating without and with. Exit code 1 if gradients differ.
+    """
+    import torch
+
+    from .offload import report
+    from .offload.nets import NETS
+
+    console = _console()
+    if as_list:
+        for name, entry in NETS.items():
+            console.print(
+                f"{name:<20} {entry.description}, size {entry.size} (published: {entry.full_size})"
+            )
+        return
+    if not net:
+        _refuse(f"name a net: one of {', '.join(NETS)}, or package.module:factory")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in dtypes:
+        _refuse(f"--dtype is {dtype}; it takes one of {', '.join(dtypes)}")
+    settings = report.Settings(
+        net=net,
+        batch=batch,
+        size=size,
+        steps=steps,
+        to=to,
+        min_bytes=min_bytes,
+        min_ratio=min_ratio,
+        max_host_bytes=max_host_bytes,
+        device=device,
+        dtype=dtypes[dtype],
+        seed=seed,
+        out=out,
+    )
+    try:
+        found = report.run(settings, None if as_json else console)
+    except report.ReportError as error:
+        _refuse(error)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=1))
+    else:
+        report.show(found, console)
+    raise typer.Exit(0 if found.identical or not found.reproducible else 1)

@@ -18,15 +18,20 @@ def test_the_table_is_what_the_back_ends_declare():
     assert rewritten(README) == README, "run `make readme`"
 
 
-def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
+    first, second = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    names = {}  # the second goes on where the first ends
+    exec(compile(first, "README.md", "exec"), names)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("2 of 2 layers swapped") for line in lines)
     ratio, same = lines[-1].split()
     assert float(ratio) > 1
     assert same == "True"
+
+    exec(compile(second, "README.md", "exec"), names)
+    assert "1 zvc" in capsys.readouterr().out
+    assert names["mlp"][0].weight.grad is not None
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

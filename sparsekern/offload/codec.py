@@ -9,13 +9,14 @@ codec      parts                                       for
 ``narrow`` the elements in fewer bytes                 integers of small range (max-pool indices)
 =========  ==========================================  =======================================
 
-A device with streams does not tell the host at once how much came out. There, :func:`begin` writes into
-room of the expected size and leaves a *count* on the device; when the host has it, :func:`finish` cuts the
+A device with streams does not tell the host at once how much came out. So :func:`begin` writes into room of
+the expected size and leaves the outcome where the tensor is; when the host has it, :func:`finish` cuts the
 parts to size, or says that the guess was wrong and the original is still needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,30 +69,6 @@ def narrow_type(flat: Tensor) -> torch.dtype | None:
     return None
 
 
-# ---- at once: the host knows the size when it returns ----
-
-
-def zvc(flat: Tensor) -> Encoded:
-    mask, values, offsets = torch.ops.sparsekern.pack_zvc(bit_view(flat))
-    return Encoded("zvc", (mask, offsets, values), values.numel())
-
-
-def bits(flat: Tensor) -> Encoded:
-    mask, values, offsets = torch.ops.sparsekern.pack_zvc(flat.view(torch.uint8))
-    if not bool(
-        (values == 1).all()
-    ):  # bytes that are neither False nor True, from a view of other memory
-        return Encoded("zvc", (mask, offsets, values), values.numel())
-    return Encoded("bits", (mask, offsets), values.numel())
-
-
-def narrow(flat: Tensor, dtype: torch.dtype) -> Encoded:
-    return Encoded("narrow", (flat.to(dtype),))
-
-
-# ---- in two steps: the size, or whether it worked, comes later ----
-
-
 @dataclass(frozen=True)
 class Begun:
     """An encoding whose outcome is still on the device.
@@ -105,44 +82,49 @@ class Begun:
     room: int
 
 
-def begin(codec: str, flat: Tensor, *, room: int = 0, dtype: torch.dtype | None = None) -> Begun:
+def begin(
+    codec: str,
+    flat: Tensor,
+    empty: Callable[[int, torch.dtype], Tensor],
+    *,
+    room: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Begun:
     """Encode without asking the device anything.
 
     Args:
         codec: "zvc", "bits" or "narrow".
+        flat: [n], contiguous.
+        empty: makes the parts, in their order: elements and dtype to an uninitialised array.
         room: for zvc, elements that there is to be room for.
         dtype: for narrow, the type to write.
     """
     outcome = torch.zeros(2, dtype=torch.int64, device=flat.device)
     if codec == "narrow":
-        small = flat.to(dtype)
-        outcome[1] = (small.to(flat.dtype) != flat).sum()
+        small = empty(flat.numel(), dtype).copy_(flat)
+        outcome[1] = (small != flat).sum()
         return Begun(Encoded("narrow", (small,)), outcome, 0)
     source = bit_view(flat)
     n = source.numel()
-    mask = source.new_empty((n + 7) // 8, dtype=torch.uint8)
-    offsets = source.new_empty((n + _TILE - 1) // _TILE, dtype=torch.int64)
-    values = source.new_empty(0 if codec == "bits" else min(room, n))
+    mask = empty((n + 7) // 8, torch.uint8)
+    offsets = empty((n + _TILE - 1) // _TILE, torch.int64)
+    values = source.new_empty(0) if codec == "bits" else empty(min(room, n), source.dtype)
     torch.ops.sparsekern.pack_zvc_out(source, mask, values, offsets, outcome[:1])
     if codec == "bits":
+        # A view of other memory may hold bytes that are neither False nor True.
         outcome[1] = (source > 1).sum()
         return Begun(Encoded("bits", (mask, offsets)), outcome, n)
     return Begun(Encoded("zvc", (mask, offsets, values)), outcome, values.numel())
 
 
 def finish(begun: Begun, nonzeros: int, wrong: int) -> Encoded | None:
-    """The encoding, cut to size, or None if it does not hold the tensor."""
+    """The encoding with its values cut to what there are, or None if it does not hold the tensor."""
     if wrong or nonzeros > begun.room:
         return None
-    encoded = begun.encoded
-    if encoded.codec != "zvc":
-        return replace(encoded, nonzeros=nonzeros)
-    mask, offsets, values = encoded.parts
-    slack = values.numel() - nonzeros
-    values = values[:nonzeros]
-    if slack > (slack + nonzeros) // 8:
-        values = values.clone()
-    return Encoded("zvc", (mask, offsets, values), nonzeros)
+    if begun.encoded.codec == "zvc":
+        mask, offsets, values = begun.encoded.parts
+        return Encoded("zvc", (mask, offsets, values[:nonzeros]), nonzeros)
+    return replace(begun.encoded, nonzeros=nonzeros if begun.encoded.codec == "bits" else None)
 
 
 # ---- back ----

@@ -44,10 +44,11 @@ from .identity import (
 from .lock import LOCK
 from .stats import Stats
 from .streams import streams_of
-from .transfer import Answer, Part, Transfer
+from .transfer import Answer, Part, Room, Transfer
 
 TO = ("auto", "cpu", "device")
 LOOK_BACK = 64  # packed objects, to find the next ones to prefetch
+WARM = 2  # decodings of shared packed objects that are kept for their next use
 
 
 class Kept:
@@ -89,10 +90,14 @@ class Packed:
         "parts",
         "plain",
         "region",
+        "room",
+        "shared",
         "site",
         "source",
+        "stream",
         "transfer",
         "version",
+        "warm",
     )
 
     def __init__(
@@ -107,6 +112,7 @@ class Packed:
     ):
         self.offload = offload
         self.transfer = transfer
+        self.stream = transfer.streams.current()
         self.region = at
         self.layout = (t.shape, t.stride()) if at.gathered else None
         self.dtype = t.dtype
@@ -117,13 +123,16 @@ class Packed:
         self.codec = ""
         self.parts: list[Part] = []
         self.nonzeros: int | None = None
-        self.begun: codec.Begun | None = None  # an encoding whose outcome is on its way
+        self.room: Room | None = None  # of an encoding whose outcome is on its way
+        self.begun: codec.Begun | None = None
         self.outcome: Answer | None = None
         self.held: Tensor | None = None  # the elements themselves, as long as nothing else has them
         self.host = False
         self.index = next(offload._indices)
         self.plain = nbytes
-        self._cache: tuple[StorageWeakRef, int, Version] | None = None
+        self.shared = False  # whether several saved tensors look at it
+        self.warm: Tensor | None = None  # its decoding, for the next of them
+        self._cache: tuple[StorageWeakRef, int, Version, object] | None = None
         self._lock = threading.RLock()
         offload.stats.ledger.add(plain=self.plain)
 
@@ -160,22 +169,33 @@ class Packed:
             ValueError: the parts are corrupt.
         """
         with self._lock:
-            if self.held is not None:
-                return self.held
+            held = self.held  # once: another thread may be about to give it up
+            if held is not None:
+                return self.transfer.lend(held, self.stream)
+            current = self.transfer.streams.current()
             if self._cache is not None:
-                ref, offset, version = self._cache
-                alive = revive(ref, version.alias, (self.numel,), (1,), offset)
-                if alive is not None and version.unchanged():
-                    return version.watched(alive)
-            parts = [p.get() for p in self.parts]
+                ref, offset, version, stream = self._cache
+                # Another stream is not ordered behind the decoding.
+                if stream == current:
+                    alive = revive(ref, version.alias, (self.numel,), (1,), offset)
+                    if alive is not None and version.unchanged():
+                        return version.watched(alive)
+            # What decodes to new memory may read the host's own where it lies.
+            in_place = self.codec != "raw" and not self.transfer.streams.asynchronous
+            parts = [p.here() if in_place else p.get() for p in self.parts]
             out = codec.decode(self.codec, parts, self.numel, self.dtype, self.nonzeros)
             # Whoever gets it may write to it, or make it a gradient that others are added to.
             storage = StorageWeakRef(out.untyped_storage())
-            self._cache = storage, out.storage_offset(), Version(out)
+            self._cache = storage, out.storage_offset(), Version(out), current
+            if self.shared:
+                self.warm = out
+                self.offload._warmed(self)
             return out
 
     def prefetch(self) -> bool:
         """Start to bring the parts back, where there is something to bring."""
+        if self._cache is not None:
+            return False  # decoded once: most likely the op at hand saved it too (a second backward fetches late)
         if not self.host or self.held is not None or not self.source.expired():
             return False
         for part in self.parts:
@@ -210,6 +230,7 @@ class Saved:
             original = revive(packed.source, like, self.size, self.stride, self.offset)
             if original is not None:
                 # Held: a gradient that is this very tensor is then copied for its leaf, not handed over.
+                packed.transfer.lend(original, packed.stream)
                 self.original = self.version.watched(original)
                 return self.original
         elements = packed.elements()
@@ -252,6 +273,7 @@ class ActivationOffload:
         self._pending: deque[weakref.ref[Packed]] = deque()
         self._recent: deque[weakref.ref[Packed]] = deque(maxlen=4)
         self._kept: dict[int, tuple[int, int]] = {}  # storage key to (kept tensors, counted bytes)
+        self._warm: deque[weakref.ref[Packed]] = deque()
         self._settling = threading.Lock()
         self._local = threading.local()
         self._elsewhere = names.Trace(self._enter_model)
@@ -272,6 +294,12 @@ class ActivationOffload:
         hooks.__exit__(*error)
         self._settle()
 
+    def trim(self) -> None:
+        """Return host memory that nothing is in to the system. It is kept for the next step otherwise."""
+        for transfer in self._transfers.values():
+            transfer.sweep()
+            transfer.pool.trim()
+
     def _stack(self) -> list:
         """Entered how often in this thread: hooks belong to a thread."""
         if not hasattr(self._local, "stack"):
@@ -279,7 +307,11 @@ class ActivationOffload:
         return self._local.stack
 
     def _trace(self) -> names.Trace:
-        """Where this thread is. Autograd's own have the hooks of the one that called backward, and entered nothing."""
+        """Where this thread is.
+
+        Autograd takes the hooks along into threads of its own, which never entered: those in which
+        backward runs on a device (create_graph) or goes on when it is nested deeply (checkpoints).
+        """
         stack = self._stack()
         return stack[-1][1] if stack else self._elsewhere
 
@@ -312,22 +344,24 @@ class ActivationOffload:
 
     def _pack_tensor(self, t: Tensor) -> Kept | Saved:
         module, _ = site_key = self._trace().site()
-        self.stats.count(module, seen=1)
         reason = _foreign(t)
         if not reason and (t in self._owned or leaf_or_its_copy(t)):
-            self.stats.count(module, kept="parameter")
+            self.stats.count(module, seen=1, kept="param")
             return Kept(t, None)
         if not reason and t.nbytes < self._policy.min_bytes:
             reason = "small"
         if reason:
             return self._leave(t, module, reason)
+        transfer = self._transfer(t.device)
+        if transfer.streams.capturing():
+            return self._leave(t, module, "graph capture")
         at, version = region(t), Version(t)
         packed = self._find(t, at)
         if packed is not None:
-            self.stats.count(module, shared=1)
+            self.stats.count(module, seen=1, shared=1)
+            packed.shared = True
             return Saved(packed, t, version)
         source = flat(t.detach(), at)
-        transfer = self._transfer(t.device)
         site = self._policy.site(site_key)
         plan = self._policy.plan(source, site, transfer.streams, transfer.ask)
         if plan.codec is None:
@@ -340,15 +374,17 @@ class ActivationOffload:
             self._packed.setdefault(packed.key, {})[packed.index] = weakref.ref(packed)
             self._by_index[packed.index] = weakref.ref(packed)
         self._settle()
+        self.stats.count(module, seen=1)
         return Saved(packed, t, version)
 
     def _leave(self, t: Tensor, module: str, reason: str) -> Kept:
-        self.stats.count(module, kept=reason)
+        self.stats.count(module, seen=1, kept=reason)
         return Kept(t, self)
 
     def _find(self, t: Tensor, at: Region) -> Packed | None:
         with LOCK:
-            # A copy: the garbage collector may drop one of them in between.
+            # First the references, at once: what is looked at may be the last of a packed object, which
+            # takes itself out of there.
             refs = tuple(self._packed.get(storage_key(t), {}).values())
         candidates = [ref() for ref in refs]
         return next((p for p in candidates if p is not None and p.covers(t, at)), None)
@@ -358,19 +394,16 @@ class ActivationOffload:
         transfer = packed.transfer
         if plan.codec == "raw":
             return self._finish(packed, codec.Encoded("raw", (source,)), source)
+        packed.room = Room(transfer, source.device)
+        packed.begun = codec.begin(
+            plan.codec, source, packed.room.empty, room=plan.room, dtype=plan.narrow
+        )
+        packed.outcome = transfer.ask(packed.begun.outcome)
         if transfer.streams.asynchronous:
-            packed.begun = codec.begin(plan.codec, source, room=plan.room, dtype=plan.narrow)
-            packed.outcome = transfer.ask(packed.begun.outcome)
             packed.hold(source)
             self._pending.append(weakref.ref(packed))
             return True
-        if plan.codec == "zvc":
-            encoded = codec.zvc(source)
-        elif plan.codec == "bits":
-            encoded = codec.bits(source)
-        else:
-            encoded = codec.narrow(source, plan.narrow)
-        return self._finish(packed, encoded, source)
+        return self._outcome(packed, source)
 
     def _finish(self, packed: Packed, encoded: codec.Encoded, source: Tensor) -> bool:
         """Give a packed object its parts, and move them where they belong.
@@ -390,7 +423,11 @@ class ActivationOffload:
                 return False
             encoded = codec.Encoded("raw", (source,))
         shared = self._same_mask(encoded, transfer)
-        parts = [Part(p, transfer, ledger) for p in encoded.parts[len(shared) :]]
+        if encoded.codec == "raw":
+            parts = [Part(source, transfer.now(), transfer, ledger)]
+        else:
+            own = range(len(shared), len(encoded.parts))
+            parts = [packed.room.part(i, encoded.parts[i], ledger) for i in own]
         if packed.host:
             for part in parts:
                 refusal = part.move_out()
@@ -454,21 +491,29 @@ class ActivationOffload:
             while self._pending:
                 packed = self._pending[0]()
                 if packed is not None:
+                    if packed.transfer.streams.capturing():
+                        return
                     waiting = (ref() for ref in tuple(self._pending))
                     held = sum(p.plain for p in waiting if p is not None)
                     if not packed.outcome.ready() and held <= packed.transfer.ahead:
                         return
-                    self._outcome(packed)
+                # Off the list first: an error leaves this one as it is, held, and the others to come.
                 self._pending.popleft()
+                if packed is not None:
+                    self._outcome(packed, packed.held)
         finally:
             self._settling.release()
 
-    def _outcome(self, packed: Packed) -> None:
+    def _outcome(self, packed: Packed, source: Tensor) -> bool:
+        """Take what came out, or see that the elements themselves stay. False for the latter."""
         start = time.perf_counter()
         nonzeros, wrong = packed.outcome.values()
         self.stats.wait_seconds += time.perf_counter() - start
+        with packed.transfer.streams.on(packed.stream):  # whose memory all of it is
+            return self._conclude(packed, source, nonzeros, wrong)
+
+    def _conclude(self, packed: Packed, source: Tensor, nonzeros: int, wrong: int) -> bool:
         module, site = packed.site
-        source = packed.held
         encoded = codec.finish(packed.begun, nonzeros, wrong)
         if (
             encoded is None
@@ -478,11 +523,13 @@ class ActivationOffload:
                 site.saw(nonzeros / codec.bit_view(source).numel())
             if packed.host:
                 encoded = codec.Encoded("raw", (source,))
-        packed.begun = packed.outcome = None
-        if encoded is not None and self._finish(packed, encoded, source):
+        done = encoded is not None and self._finish(packed, encoded, source)
+        packed.begun = packed.outcome = packed.room = None
+        if done:
             packed.hold(None)
-        else:
+        elif packed.transfer.streams.asynchronous:
             self.stats.count(module, kept="no gain")
+        return done
 
     # ---- backward ----
 
@@ -512,8 +559,24 @@ class ActivationOffload:
                 return
             ref = self._by_index.get(index)
             before = None if ref is None else ref()
-            if before is not None and before.transfer is packed.transfer and before.prefetch():
-                left -= 1
+            if before is None or before.transfer is not packed.transfer:
+                continue
+            try:
+                left -= before.prefetch()
+            except torch.OutOfMemoryError:
+                return  # by the time that it is needed more may be free
+
+    def _warmed(self, packed: Packed) -> None:
+        """What an op gives is often saved by it and by the next: then both come one after the other in backward.
+
+        The decoding stays for the second, or until others have come. With their last saved tensor, packed
+        object and decoding are gone anyway.
+        """
+        self._warm.append(weakref.ref(packed))
+        while len(self._warm) > WARM:
+            cold = self._warm.popleft()()
+            if cold is not None and cold is not packed:
+                cold.warm = None
 
     # ---- called by what is dying ----
 
@@ -545,17 +608,15 @@ def _foreign(t: Tensor) -> str:
         return "subclass"
     if t.layout is not torch.strided or t.is_quantized or t.is_nested:
         return "layout"
+    if t.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return "no memory"
     if t.is_inference():
         return "inference"
     if t.is_conj() or t.is_neg():
         return "conjugate view"
-    if t.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return "no memory"
-    if t.numel() == 0:
-        return "small"
     if t.element_size() not in (1, 2, 4, 8, 16):
         return "element size"
-    return ""
+    return "" if t.numel() else "small"
 
 
 _transfers: dict[torch.device, Transfer] = {}  # pinned memory is slow to get and is kept

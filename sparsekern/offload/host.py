@@ -136,13 +136,26 @@ class HostPool:
         return slab
 
     def give(self, block: Block) -> None:
-        """Take a block back. Nothing may be reading or writing it any more."""
+        """Take a block back. Nothing may be reading or writing it any more.
+
+        Only noted here: finalizers call this, in the middle of this pool's own bookkeeping too.
+        """
         self._given.append(block)
 
     def _collect(self) -> None:
         while self._given:
             block = self._given.popleft()
             block.slab.give(block.at, block.reserved)
+
+    def shrink(self, block: Block, nbytes: int) -> None:
+        """Keep the first `nbytes` of a block only."""
+        reserve = max(ALIGN, -(-nbytes // ALIGN) * ALIGN)
+        with LOCK:
+            if reserve < block.reserved:
+                block.slab.give(block.at + reserve, block.reserved - reserve)
+                block.reserved = reserve
+            block.tensor = block.tensor[:nbytes]
+            block.nbytes = nbytes
 
     def trim(self) -> None:
         """Return slabs that no block is in to the operating system."""

@@ -117,10 +117,11 @@ class Version:
         )
         # "output 0 of MulBackward0" is "output 0 of Mul" to torch
         producer = re.sub(r"Backward\d*$", "", self._producer)
+        of = f", which is {producer}," if producer else ""
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{self.alias.type()} {list(self._shape)}]{producer and f', which is {producer},'} "
-            f"is at version {self.alias._version}; expected version {self.expected} instead. Hint: {hint}"
+            f"[{self.alias.type()} {list(self._shape)}]{of} is at version {self.alias._version}; "
+            f"expected version {self.expected} instead. Hint: {hint}"
         )
 
 

@@ -92,10 +92,9 @@ def measure(streams: Streams, device: torch.device, nbytes: int = 32 << 20) -> R
     finally:
         if pinned:
             streams.unpin(host)
-    packed = codec.zvc(half)
-    codes = timed(lambda: codec.zvc(half)) + timed(
-        lambda: codec.decode("zvc", list(packed.parts), half.numel(), half.dtype, None)
-    )
+    mask, values, offsets = torch.ops.sparsekern.pack_zvc(half)
+    codes = timed(lambda: torch.ops.sparsekern.pack_zvc_out(half, mask, half, offsets, offsets[:1]))
+    codes += timed(lambda: torch.ops.sparsekern.unpack_zvc(mask, values, offsets, [half.numel()]))
     return Rates(link=nbytes / max(out, back), codec=nbytes / codes)
 
 
@@ -144,8 +143,10 @@ class Policy:
             if self.rates is None:
                 self.rates = _rates(streams, flat.device)
             host = ratio < self.rates.in_place_from
-        units = codec.bit_view(flat).numel()
-        return Plan("zvc", host, room=min(units, int(density * ROOM * units) + 4096))
+        room = units = codec.bit_view(flat).numel()
+        if later:
+            room = min(units, int(density * ROOM * units) + 4096)
+        return Plan("zvc", host, room=room)
 
     def _density(self, flat: Tensor, site: Site, later: bool, ask) -> float:
         if site.asked is not None and site.asked.ready():

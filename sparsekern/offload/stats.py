@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from .lock import LOCK
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
     from rich.table import Table
 
 STEPS = 1000  # of history
@@ -71,15 +72,17 @@ class Ledger:
         plain: bytes autograd would hold of the same tensors, each memory counted once; no parameters.
         device: bytes held on the device: packed there, left alone, or not yet moved.
         host: bytes held on the host.
+        copied: bytes moved "out" to the host and "in" again so far.
+        copy_seconds: host time that took; on a device with streams, to start the copies.
     """
 
     def __init__(self, max_host_bytes: int | None):
         self.max_host_bytes = max_host_bytes
         self.now = {"plain": 0, "device": 0, "host": 0}
         self.peak = dict(self.now)
-        self.curve: list[tuple[int, int, int]] | None = (
-            None  # (plain, device, host) at every change
-        )
+        self.copied = {"out": 0, "in": 0}
+        self.copy_seconds = 0.0
+        self.curve: list[tuple[float, int, int, int]] | None = None  # what `record` asked for
 
     def add(self, **changes: int) -> None:
         with LOCK:
@@ -87,7 +90,17 @@ class Ledger:
                 self.now[name] += change
                 self.peak[name] = max(self.peak[name], self.now[name])
             if self.curve is not None:
-                self.curve.append((self.now["plain"], self.now["device"], self.now["host"]))
+                self.curve.append((time.perf_counter(), *self.now.values()))
+
+    def copy(self, direction: str, nbytes: int, seconds: float) -> None:
+        with LOCK:
+            self.copied[direction] += nbytes
+            self.copy_seconds += seconds
+
+    def record(self) -> list[tuple[float, int, int, int]]:
+        """From now on keep (seconds of perf_counter, plain, device, host) at every change, in the list returned."""
+        self.curve = [(time.perf_counter(), *self.now.values())]
+        return self.curve
 
     def reserve_host(self, nbytes: int) -> bool:
         """Count `nbytes` on the host, or say that they would be past the cap."""
@@ -124,14 +137,35 @@ class Stats:
     def start_step(self) -> None:
         self.steps.append({})
 
-    def count(self, module: str, **changes) -> None:
-        """Add to a module: plain numbers to its fields, `packed` and `kept` by name."""
-        change = ModuleStats(
-            **{k: Counter([v]) if k in ("packed", "kept") else v for k, v in changes.items()}
-        )
+    def count(
+        self,
+        module: str,
+        *,
+        seen: int = 0,
+        shared: int = 0,
+        packed: str = "",
+        kept: str = "",
+        bytes_before: int = 0,
+        bytes_after: int = 0,
+        elements: int = 0,
+        nonzeros: int = 0,
+    ) -> None:
+        """Add to a module, in the running step and in total. Every saved tensor pays for this."""
         with LOCK:
-            for where in (self.modules, self.steps[-1]) if self.steps else (self.modules,):
-                where.setdefault(module, ModuleStats()).add(change)
+            for where in (self.modules, self.steps[-1]):
+                m = where.get(module)
+                if m is None:
+                    m = where[module] = ModuleStats()
+                m.seen += seen
+                m.shared += shared
+                m.bytes_before += bytes_before
+                m.bytes_after += bytes_after
+                m.elements += elements
+                m.nonzeros += nonzeros
+                if packed:
+                    m.packed[packed] += 1
+                if kept:
+                    m.kept[kept] += 1
 
     # ---- reading ----
 
@@ -157,39 +191,43 @@ class Stats:
             "pack_seconds": self.pack_seconds,
             "unpack_seconds": self.unpack_seconds,
             "wait_seconds": self.wait_seconds,
+            "copy_seconds": self.ledger.copy_seconds,
+            "copied_bytes": dict(self.ledger.copied),
         }
 
     def table(self) -> Table:
-        """A rich table: a row a module, the total last."""
+        """A rich table: a row a module, the total last; numbers of tensors and bytes are means over the steps."""
         from rich import box
         from rich.table import Table
 
-        peak = self.ledger.peak
+        peak, steps = self.ledger.peak, max(len(self.steps), 1)
+        seconds = (
+            self.pack_seconds,
+            self.unpack_seconds,
+            self.ledger.copy_seconds,
+            self.wait_seconds,
+        )
+        forward, backward, copying, waiting = (s / steps * 1e3 for s in seconds)
         table = Table(
             box=box.SIMPLE_HEAD,
             caption=(
-                f"saved at the peak: {_mb(peak['plain'])} without, {_mb(peak['device'])} on the device and "
-                f"{_mb(peak['host'])} on the host with; in the hooks {self.pack_seconds:.2f} s forward, "
-                f"{self.unpack_seconds:.2f} s backward"
-                + "".join(f"; {why}: {n}" for why, n in self.retreats.items())
+                f"per step, mean of {steps}. Saved at the peak: {_mb(peak['plain'])} without, "
+                f"{_mb(peak['device'])} on the device and {_mb(peak['host'])} on the host with. In the hooks: "
+                f"{forward:.1f} ms forward, {backward:.1f} ms backward, of these {copying:.1f} ms copying and "
+                f"{waiting:.1f} ms waiting."
+                + "".join(f" {why}: {n}." for why, n in self.retreats.items())
             ),
             caption_justify="left",
         )
-        for name, justify in (
-            ("module", "left"),
-            ("saved", "right"),
-            ("packed", "left"),
-            ("left alone", "left"),
-            ("MB before", "right"),
-            ("MB after", "right"),
-            ("ratio", "right"),
-            ("non-zero", "right"),
-        ):
-            table.add_column(name, justify=justify)
+        table.add_column("module", overflow="fold")
+        table.add_column("saved", justify="right")
+        table.add_column("became", overflow="fold")
+        for name in ("MB", "packed MB", "ratio", "non-zero"):
+            table.add_column(name, justify="right", no_wrap=True)
         for name, m in self.modules.items():
-            table.add_row(name or "(outside modules)", *_cells(m))
+            table.add_row(name or "(no module)", *_cells(m, steps))
         table.add_section()
-        table.add_row("total", *_cells(self.total), style="bold")
+        table.add_row("total", *_cells(self.total, steps), style="bold")
         return table
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -203,17 +241,32 @@ class Stats:
         """
         from matplotlib.figure import Figure
 
-        names = [n for n, m in self.modules.items() if m.elements]
         figure = Figure(figsize=(10, 4.2), layout="constrained")
+        self.draw(figure)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def draw(self, figure: FigureBase) -> None:
+        """What :meth:`plot` shows, on a figure or subfigure of one's own."""
+        from matplotlib import colormaps
+        from matplotlib.ticker import MaxNLocator
+
+        names = [n for n, m in self.modules.items() if m.elements]
         left, right = figure.subplots(1, 2)
         steps = list(self.steps)
-        for name in names:
-            at = [(i, s[name]) for i, s in enumerate(steps, 1) if name in s and s[name].elements]
-            label = name or "(outside modules)"
-            marker = "o" if len(at) == 1 else None
-            i = [i for i, _ in at]
-            left.plot(i, [m.density for _, m in at], marker=marker, label=label)
-            right.plot(i, [m.ratio for _, m in at], marker=marker, label=label)
+        for i, name in enumerate(names):
+            at = [(n, s[name]) for n, s in enumerate(steps, 1) if name in s and s[name].elements]
+            style = {
+                "color": colormaps["viridis"](i / max(len(names) - 1, 1) * 0.9),  # by depth
+                "marker": "o" if len(at) == 1 else None,
+                "label": name or "(no module)",
+            }
+            left.plot([n for n, _ in at], [m.density for _, m in at], **style)
+            right.plot([n for n, _ in at], [m.ratio for _, m in at], **style)
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.spines[["top", "right"]].set_visible(False)
         left.set(xlabel="step", ylabel="non-zero elements", ylim=(0, 1), title="Density")
         right.set(
             xlabel="step",
@@ -226,11 +279,9 @@ class Stats:
                 *left.get_legend_handles_labels(),
                 loc="outside right upper",
                 fontsize="x-small",
+                frameon=False,
                 ncols=1 + len(names) // 24,
             )
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -245,18 +296,13 @@ def _mb(nbytes: int) -> str:
     return f"{nbytes / 1e6:,.1f} MB"
 
 
-def _counts(counter: Counter) -> str:
-    return ", ".join(f"{n} {name}" for name, n in counter.most_common())
-
-
-def _cells(m: ModuleStats) -> list[str]:
-    packed = _counts(m.packed) + (f", {m.shared} shared" if m.shared else "")
+def _cells(m: ModuleStats, steps: int) -> list[str]:
+    became = [*m.packed.most_common(), ("shared", m.shared), *m.kept.most_common()]
     return [
-        str(m.seen),
-        packed.removeprefix(", "),
-        _counts(m.kept),
-        f"{m.bytes_before / 1e6:,.1f}" if m.bytes_before else "",
-        f"{m.bytes_after / 1e6:,.1f}" if m.bytes_before else "",
+        f"{m.seen / steps:.3g}",
+        ", ".join(f"{n / steps:.3g} {what}" for what, n in became if n),
+        f"{m.bytes_before / steps / 1e6:,.1f}" if m.bytes_before else "",
+        f"{m.bytes_after / steps / 1e6:,.1f}" if m.bytes_before else "",
         f"{m.ratio:.2f}" if m.bytes_after else "",
         "" if m.density is None else f"{m.density:.1%}",
     ]

@@ -6,6 +6,7 @@ CPU by a stand-in that runs copies as late as it is allowed to.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +21,14 @@ class Streams(Protocol):
     def current(self) -> Any:
         """The stream that compute is on now. Asked again at every use: it changes."""
 
+    def on(self, stream) -> contextlib.AbstractContextManager:
+        """Compute is on that stream inside, in this thread."""
+
     def side(self, direction: str) -> Any:
         """The stream that copies "out" of the device or "in"."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream's work is only recorded, for a graph: nothing may be asked or waited for."""
 
     def record(self, stream) -> Any:
         """An event that happens when all work now on the stream is done."""
@@ -56,8 +63,14 @@ class Immediate:
     def current(self) -> None:
         return None
 
+    def on(self, stream) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
     def side(self, direction: str) -> None:
         return None
+
+    def capturing(self) -> bool:
+        return False
 
     def record(self, stream) -> None:
         return None
@@ -96,11 +109,23 @@ class Accelerator:
     def current(self) -> torch.Stream:
         return torch.accelerator.current_stream(self.device)
 
+    def on(self, stream: torch.Stream) -> contextlib.AbstractContextManager:
+        # An object of its own: what to return to is kept on the object that is entered, so that two
+        # threads inside the same one would return to each other's stream.
+        return torch.Stream(
+            stream_id=stream.stream_id,
+            device_index=stream.device_index,
+            device_type=stream.device_type,
+        )
+
     def side(self, direction: str) -> torch.Stream:
         stream = self._sides.get(direction)
         if stream is None:
             stream = self._sides[direction] = torch.Stream(device=self.device)
         return stream
+
+    def capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def record(self, stream: torch.Stream) -> torch.Event:
         event = torch.Event(device=self.device)
@@ -117,7 +142,7 @@ class Accelerator:
         event.synchronize()
 
     def copy(self, to: Tensor, source: Tensor, stream: torch.Stream) -> None:
-        with stream:
+        with self.on(stream):
             to.copy_(source, non_blocking=True)
 
     def used_on(self, t: Tensor, stream: torch.Stream) -> None:
@@ -127,7 +152,14 @@ class Accelerator:
         # Registered, not allocated pinned: torch's allocator would round up to a power of two.
         if self.device.type != "cuda" or torch.version.hip is not None:
             return False
-        return int(torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.nbytes, 0)) == 0
+        portable = 1  # cudaHostRegisterPortable: whichever device is current here
+        if int(torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.nbytes, portable)) == 0:
+            return True
+        # The runtime remembers the refusal, and the next launch in this thread would raise it as its
+        # own error (torch has no binding of cudaGetLastError, vllm#50070). So here is one.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=self.device)
+        return False
 
     def unpin(self, t: Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(t.data_ptr())

@@ -1,0 +1,5 @@
+import sys
+
+from .paper import main
+
+sys.exit(main())
