@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import (
 )
 
 from sparsekern.offload import context
+from sparsekern.offload.transfer import Part
 
 TO = ["cpu", "device", "auto"]
 
@@ -447,23 +449,42 @@ def test_backward_that_returns_what_it_saved(view, offload, device):
     check(scenario, offload)
 
 
-def test_gradients_do_not_take_over_what_is_saved(offload):
-    """Three backwards through one graph, and zeroed gradients between; the caller's tensor stays as it was."""
+@pytest.mark.parametrize("alive", [True, False], ids=["alive", "decoded"])
+def test_gradients_do_not_take_over_what_is_saved(alive, offload):
+    """Three backwards through one graph add up to a gradient; the caller's tensor stays as it was."""
     x = torch.zeros(1000, requires_grad=True)
-    saved = torch.randn(1000)
+    saved = torch.randn(1000).relu()
     want = saved.clone()
     with offload:
         loss = Returns.apply(x, saved, False).sum()
+    if not alive:
+        del saved
     for times in (1, 2, 3):
         loss.backward(retain_graph=True)
         assert torch.equal(x.grad, times * want)
-    x.grad.zero_()
-    assert torch.equal(saved, want)
-    del saved  # from here on it is decoded
-    for times in (1, 2, 3):
-        x.grad = None if times == 1 else x.grad
-        loss.backward(retain_graph=True)
-        torch.testing.assert_close(x.grad, times * want)
+    if alive:
+        x.grad.zero_()
+        assert torch.equal(saved, want)
+
+
+class WritesAndReturns(Writes):
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return x.mul_(2)
+
+
+def test_a_gradient_that_was_made_of_what_is_saved(offload):
+    """It is in use, as a gradient, when the next node asks for what they share."""
+    torch.manual_seed(0)
+    x = torch.randn(1000, requires_grad=True)
+    with offload:
+        h = (x * 1).relu()
+        y = h * h
+        loss = WritesAndReturns.apply(h).sum() + y.sum()
+        del h, y
+    loss.backward()
+    assert torch.equal(x.grad, 4 * x.detach().relu())
 
 
 # ---- several backwards, several forwards ----
@@ -633,6 +654,20 @@ def test_memory_that_was_written_to_is_another(offloads):
     del memory
     assert torch.equal(after.grad_fn.saved_tensors[0], 2 * first)
     del before, after
+
+
+def test_memory_with_two_counters(offloads):
+    """Of `.data`, what is written is not seen by the tensor it came from. As little may one's bytes serve the other."""
+    offload = offloads()
+    memory = torch.randn(1000)
+    other = memory.data
+    with offload:
+        graph = save(memory)
+        other.add_(1)
+        graph = graph, save(other)
+    want = other.clone()
+    del memory, other
+    assert torch.equal(graph[1].grad_fn.saved_tensors[0], want)
 
 
 def test_the_original_serves_while_somebody_holds_it(offload):
@@ -1057,12 +1092,12 @@ def test_compiled_models(backend, in_place, offloads, device):
 # ---- threads ----
 
 
-def thread_of(offload, seed: int, rounds: int = 20) -> list[Tensor]:
+def thread_of(offload, seed: int, rounds: int = 10) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     results = []
     for _ in range(rounds):
         x = torch.randn(1 << 14, generator=generator).requires_grad_()
-        # Each time as many zeros, elsewhere.
+        # Each time as many zeros, elsewhere: masks are compared.
         kept = (torch.randperm(1 << 14, generator=generator) < 1 << 12).float()
         with offload or contextlib.nullcontext():
             h = x * kept
@@ -1074,7 +1109,14 @@ def thread_of(offload, seed: int, rounds: int = 20) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["a context each", "one context"])
-def test_threads(shared, offloads):
+def test_threads(shared, offloads, monkeypatch):
+    here = Part.here
+
+    def here_after_others(part):
+        time.sleep(1e-3)
+        return here(part)
+
+    monkeypatch.setattr(Part, "here", here_after_others)
     made = [offloads("device")] * 4 if shared else [offloads("device") for _ in range(4)]
     want = [thread_of(None, seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -1082,7 +1124,7 @@ def test_threads(shared, offloads):
     for g, w in zip(got, want, strict=True):
         for a, b in zip(g, w, strict=True):
             assert_same_bits(a, b)
-    assert sum(o.stats.total.packed["zvc"] for o in set(made)) >= 4 * 20
+    assert sum(o.stats.total.packed["zvc"] for o in set(made)) >= 4 * 10
 
 
 def test_a_thread_that_entered_nothing_saves_as_ever(offloads):

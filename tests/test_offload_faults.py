@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -418,6 +419,29 @@ def test_a_context_that_stays_entered_does_not_grow(offloads, monkeypatch):
             (x * 1).relu().square().sum().backward()
     assert offload.stats.total.seen >= 200
     assert len(offload._policy.sites) <= 50
+
+
+def test_a_storage_that_is_resized(offloads):
+    """As those who free activations by hand do."""
+    offload = offloads(min_bytes=1 << 30)
+    h = torch.randn(1000, requires_grad=True) * 1
+    with offload:
+        loss = h.square().sum()
+    assert offload.stats.ledger.now["plain"] == 4000
+    h.untyped_storage().resize_(0)
+    del h, loss
+    offloads.nothing_left()
+
+
+def test_warnings_are_shown_as_often_as_ever(offloads):
+    """Once for a place in the code. Whoever adds a filter makes Python forget what it has shown."""
+    offload = offloads()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(5):
+            with offload:
+                warnings.warn("as ever", UserWarning, stacklevel=1)
+    assert len(shown) == 1
 
 
 def resident_bytes() -> int:
