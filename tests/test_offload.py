@@ -607,19 +607,45 @@ def test_one_memory_as_two_dtypes(offloads):
     assert torch.equal(integers, want.view(torch.int32))
 
 
-def test_a_slice_of_less_than_half_is_gathered(offloads):
+def test_columns_are_gathered(offloads):
     offload = offloads()
     memory = torch.randn(100, 10)
     with offload:
-        few, most = save(memory[:, :4]), save(memory[:, :6])
-    # 4 of 10 columns alone; 6 of 10 with what is between, up to the last element: 99 * 10 + 6
-    assert offload.stats.total.bytes_before == 4 * (100 * 4 + 996)
+        few, most = save(memory[:, :7]), save(memory[:, :8])
+    # 7 of 10 columns alone; 8 of 10 with what is between, up to the last element: 99 * 10 + 8
+    assert offload.stats.total.bytes_before == 4 * (100 * 7 + 998)
     want = memory.clone()
     del memory
-    for graph, n in ((few, 4), (most, 6)):
+    for graph, n in ((few, 7), (most, 8)):
         (got,) = graph.grad_fn.saved_tensors
         assert torch.equal(got, want[:, :n])
         assert got.stride() == (10, 1)
+
+
+def test_the_halves_of_a_gated_unit_are_not_held_twice(offloads):
+    def scenario():
+        x = torch.randn(64, 200, requires_grad=True)
+        gate, value = (x * 1).chunk(2, -1)
+        return (F.silu(gate) * value).sum(), [x]
+
+    offload = offloads()
+    check(scenario, offload)
+    # x · 1, and silu's output
+    assert offload.stats.peak_bytes["plain"] == 4 * 64 * (200 + 100)
+
+
+def test_columns_of_what_is_packed_are_not_packed_again(offloads):
+    offload = offloads()
+    memory = torch.randn(100, 10)
+    with offload:
+        graph = save(memory, memory[:, 2:4])
+    want = memory.clone()
+    del memory
+    assert offload.stats.total.shared == 1
+    whole, columns = graph.grad_fn.saved_tensors
+    assert torch.equal(whole, want)
+    assert torch.equal(columns, want[:, 2:4])
+    assert columns.stride() == (10, 1)
 
 
 def test_an_address_that_is_used_again(offloads, device):

@@ -155,10 +155,8 @@ class Packed:
             and self.version.unchanged()
             and (
                 (self.region == at and self.layout == (t.shape, t.stride()))
-                if at.gathered
-                else not self.region.gathered
-                and self.region.lo <= at.lo
-                and at.hi <= self.region.hi
+                if self.region.gathered
+                else self.region.lo <= at.lo and at.hi <= self.region.hi
             )
         )
 
