@@ -425,6 +425,17 @@ def test_table(offload):
     assert "Saved at the peak: 0.0 MB without" in " ".join(str(offload.stats).split())
 
 
+def test_table_of_modules_with_brackets_in_their_names(offloads):
+    offload = offloads()
+    model = nn.Sequential()
+    model.add_module("[bold]a", Saver())
+    model.add_module("b[/]", nn.Identity())
+    with offload:
+        graph = model(torch.rand(100))
+    assert "[bold]a" in str(offload.stats)
+    del graph
+
+
 def test_plot(offload, tmp_path):
     figure = offload.stats.plot(tmp_path / "density.png")
     assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")

@@ -198,6 +198,7 @@ class Stats:
     def table(self) -> Table:
         """A rich table: a row a module, the total last; numbers of tensors and bytes are means over the steps."""
         from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
         peak, steps = self.ledger.peak, max(len(self.steps), 1)
@@ -225,7 +226,7 @@ class Stats:
         for name in ("MB", "packed MB", "ratio", "non-zero"):
             table.add_column(name, justify="right", no_wrap=True)
         for name, m in self.modules.items():
-            table.add_row(name or "(no module)", *_cells(m, steps))
+            table.add_row(escape(name) or "(no module)", *_cells(m, steps))
         table.add_section()
         table.add_row("total", *_cells(self.total, steps), style="bold")
         return table
