@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekern.offload import Stats, codec, policy
+from sparsekern.offload import Stats, codec, policy, stats
 from sparsekern.offload.policy import RECHECK, Rates
 from sparsekern.offload.streams import Immediate
 
@@ -447,12 +447,29 @@ def test_plot(offload, tmp_path):
     assert list(ratio.lines[0].get_ydata()) == pytest.approx([20480 / 5128] * 2)
 
 
+def test_more_steps_than_are_kept(offloads, monkeypatch):
+    """Means are over all, the picture shows the last."""
+    monkeypatch.setattr(stats, "STEPS", 5)
+    offload, saver = offloads("device"), Saver()
+    for _ in range(20):
+        with offload:
+            graph = saver(with_nonzeros(1024))
+    del graph
+    (total,) = (
+        line for line in str(offload.stats).splitlines() if line.strip().startswith("total")
+    )
+    assert total.split()[:4] == ["total", "1", "1", "zvc"]
+    assert offload.stats.as_dict()["steps"] == 20
+    density, _ = offload.stats.plot().axes
+    assert list(density.lines[0].get_xdata()) == [16, 17, 18, 19, 20]
+
+
 def test_nothing_to_show():
-    stats = Stats()
-    assert stats.total.ratio == 1
-    assert stats.total.density is None
-    assert "total" in str(stats)
-    assert not stats.plot().axes[0].lines
+    empty = Stats()
+    assert empty.total.ratio == 1
+    assert empty.total.density is None
+    assert "total" in str(empty)
+    assert not empty.plot().axes[0].lines
 
 
 def test_the_curve_of_memory(offloads):

@@ -117,7 +117,8 @@ class Stats:
 
     Attributes:
         modules: qualified name to :class:`ModuleStats`; "" is code outside any module.
-        steps: the same, step by step (a step is one ``with``), the last thousand.
+        entered: steps so far; a step is one ``with``.
+        steps: the same as `modules`, step by step, the last thousand.
         retreats: why something stayed on the device or was not pinned, to how often.
         pack_seconds, unpack_seconds: host time in the two hooks.
         wait_seconds: of these, host time waiting for the device.
@@ -125,6 +126,7 @@ class Stats:
 
     def __init__(self, max_host_bytes: int | None = None):
         self.modules: dict[str, ModuleStats] = {}
+        self.entered = 0
         self.steps: deque[dict[str, ModuleStats]] = deque(maxlen=STEPS)
         self.retreats: Counter = Counter()
         self.pack_seconds = 0.0
@@ -135,6 +137,7 @@ class Stats:
     # ---- counting ----
 
     def start_step(self) -> None:
+        self.entered += 1
         self.steps.append({})
 
     def count(
@@ -185,7 +188,7 @@ class Stats:
         return {
             "modules": {name: m.as_dict() for name, m in self.modules.items()},
             "total": self.total.as_dict(),
-            "steps": len(self.steps),
+            "steps": self.entered,
             "retreats": dict(self.retreats),
             "peak_bytes": self.peak_bytes,
             "pack_seconds": self.pack_seconds,
@@ -201,7 +204,7 @@ class Stats:
         from rich.markup import escape
         from rich.table import Table
 
-        peak, steps = self.ledger.peak, max(len(self.steps), 1)
+        peak, steps = self.ledger.peak, max(self.entered, 1)
         seconds = (
             self.pack_seconds,
             self.unpack_seconds,
@@ -255,9 +258,9 @@ class Stats:
 
         names = [n for n, m in self.modules.items() if m.elements]
         left, right = figure.subplots(1, 2)
-        steps = list(self.steps)
+        steps = list(enumerate(self.steps, self.entered - len(self.steps) + 1))
         for i, name in enumerate(names):
-            at = [(n, s[name]) for n, s in enumerate(steps, 1) if name in s and s[name].elements]
+            at = [(n, s[name]) for n, s in steps if name in s and s[name].elements]
             style = {
                 "color": colormaps["viridis"](i / max(len(names) - 1, 1) * 0.9),  # by depth
                 "marker": "o" if len(at) == 1 else None,
