@@ -82,8 +82,10 @@ def expand(first, second, nibble, R: tl.constexpr, G: tl.constexpr):
 def _magnitude(x, SIGN_CLEARED: tl.constexpr):
     """What prune compares: the bits without the sign for floats, so that a NaN exceeds infinity; |x| for integers."""
     if SIGN_CLEARED:
-        return x & SIGN_CLEARED
-    return tl.abs(x.to(tl.int32))
+        magnitude = x & SIGN_CLEARED
+    else:
+        magnitude = tl.abs(x.to(tl.int32))
+    return magnitude
 
 
 @triton.jit
@@ -284,8 +286,11 @@ def _where_bit(keep, bit: tl.constexpr, x, SIGN_CLEARED: tl.constexpr):
 
 # One tile for all: 16 bytes a thread and load in every dtype. 16 rows of 8 bytes an element spill nowhere.
 _CONFIGS = [{"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 8}]
-# Sixteen elements and 24 sums a group: two groups a thread.
-_TRANSPOSABLE_CONFIGS = [{"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 8}]
+# Sixteen elements and 24 sums a group: registers for two groups a thread, of 8 bytes an element for one.
+_TRANSPOSABLE_CONFIGS = [
+    {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 8},
+    {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4},
+]
 
 _FLOATS = {
     torch.float16: tl.float16,
@@ -370,7 +375,8 @@ def gather_24(dense: Tensor, meta: Tensor) -> Tensor:
 
 def prune_24_transposable(weight: Tensor) -> Tensor:
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    (N, K), (config,) = weight.shape, _TRANSPOSABLE_CONFIGS
+    N, K = weight.shape
+    config = _TRANSPOSABLE_CONFIGS[weight.element_size() == 8]
     if out.numel():
         _prune_24_transposable[_grid(N // 4, K, config)](
             words(weight),

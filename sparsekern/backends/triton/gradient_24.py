@@ -20,7 +20,7 @@ from ...reference import rows_of
 from . import autotune
 from .autotune import Config, Family
 from .format_24 import expand, kept, nibbles, quads, with_rows
-from .product_24 import dot, load_weight, precision, tile_of
+from .product_24 import dot, load_weight, precision, rounded, tile_of
 
 # ---- kernels ----
 
@@ -46,7 +46,7 @@ def _linear_24_dx(
         weight = expand(first, second, nibble, BLOCK_N, BLOCK_K // 4)
         acc = dot(tile, weight, acc, PRECISION)
     column = k + tl.arange(0, BLOCK_K)[None, :]
-    tl.store(dx + m * K + column, acc.to(dx.dtype.element_ty), mask=(m < M) & (column < K))
+    tl.store(dx + m * K + column, rounded(acc, dx.dtype.element_ty), mask=(m < M) & (column < K))
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _linear_24_dvalues(
     packed = tl.load(
         meta + row * meta_stride + byte, mask=(row < N) & (byte < (K + 7) // 8), other=0
     )
-    d0, d1, d2, d3 = quads(acc.to(dvalues.dtype.element_ty), BLOCK_N, G)
+    d0, d1, d2, d3 = quads(rounded(acc, dvalues.dtype.element_ty), BLOCK_N, G)
     first, second = kept(d0, d1, d2, d3, nibbles(packed, BLOCK_N, G))
     half = k // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
     tile = tl.reshape(tl.join(first, second), [BLOCK_N, 2 * G])

@@ -35,17 +35,32 @@ from . import autotune
 from .autotune import Config, Family
 from .format_24 import expand, kept, nibbles, pairs, quads, with_rows
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# ---- what the interpreter does otherwise: it multiplies the bits of bf16 and truncates to it ----
 
-# ---- device functions ----
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a · b with sums in fp32."""
-    if _INTERPRETED:  # the interpreter multiplies the bits of a bf16; in fp32 the products are the same
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)  # the same products
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(z, DTYPE: tl.constexpr):
+    """fp32 to the nearest of DTYPE, ties to even."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = z.to(tl.int32, bitcast=True)
+        nearest = tl.where(z == z, bits + 0x7FFF + (bits >> 16 & 1), bits | 0x400000)
+        result = (nearest >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = z.to(DTYPE)
+    return result
+
+
+# ---- device functions ----
 
 
 @triton.jit
@@ -70,7 +85,7 @@ def load_weight(
     """The kept pairs and nibbles [BLOCK_N, BLOCK_K/4] of rows n [BLOCK_N, 1], from column k on."""
     G: tl.constexpr = BLOCK_K // 4
     half = tl.arange(0, BLOCK_K // 2)[None, :]
-    # Two bytes a thread, no more, although more lie together: those of the eight values it loads.
+    # Without the hint a thread would load more bytes of meta than go with the 16 bytes of values that it loads.
     byte = tl.max_contiguous(tl.arange(0, BLOCK_K // 8)[None, :], [1, 2])
     here_v, here_m = n < N, n < N
     if not EVEN_K:
@@ -123,7 +138,7 @@ def _linear_24_few(
                 z += tl.load(bias + row, mask=row < N, other=0).to(tl.float32)
             z = _activate(z, ACTIVATION)
         at = y + (part * M + m).to(tl.int64) * N + row
-        tl.store(at, z.to(y.dtype.element_ty), mask=row < N)
+        tl.store(at, rounded(z, y.dtype.element_ty), mask=row < N)
 
 
 @triton.jit
@@ -168,7 +183,7 @@ def _linear_24_many(
             acc += tl.load(bias + row, mask=row < N, other=0).to(tl.float32)[None, :]
         acc = _activate(acc, ACTIVATION)
     at = y + (part.to(tl.int64) * M + m) * N + row[None, :]
-    tl.store(at, acc.to(y.dtype.element_ty), mask=(m < M) & (row[None, :] < N))
+    tl.store(at, rounded(acc, y.dtype.element_ty), mask=(m < M) & (row[None, :] < N))
 
 
 @triton.jit
@@ -177,24 +192,32 @@ def _sum_splits(sums, bias, y, MN, N, SPLITS, ACTIVATION: tl.constexpr, BLOCK: t
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < MN
     z = tl.zeros([BLOCK], tl.float32)
-    for part in range(SPLITS):
-        z += tl.load(sums + part.to(tl.int64) * MN + at, mask=here, other=0)
+    part = sums + at
+    for _ in range(SPLITS):
+        z += tl.load(part, mask=here, other=0)
+        part += MN
     if bias is not None:
         z += tl.load(bias + at % N, mask=here, other=0).to(tl.float32)
-    tl.store(y + at, _activate(z, ACTIVATION).to(y.dtype.element_ty), mask=here)
+    z = _activate(z, ACTIVATION)
+    tl.store(y + at, rounded(z, y.dtype.element_ty), mask=here)
 
 
 # ---- which configuration ----
 
 FEW = 4  # tokens up to which the weight's bytes, not the arithmetic, are the limit of _linear_24_few
 _SUM_BLOCK = 256
-#                  kernel, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
+#         kernel, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
 _CONFIGS = {
     # BLOCK_K < 32 * num_warps: Triton then loads x where it is used, else by way of shared memory.
     "few": [
         Config("few", 1, 64, 128, 8, 1),
         Config("few", 1, 32, 128, 8, 1),
         Config("few", 1, 32, 64, 4, 1),
+    ],
+    # One byte of meta goes with 16 bytes of values. They meet in one thread only if it has no more than these.
+    "few float32": [
+        Config("few", 1, 16, 128, 8, 1),
+        Config("few", 1, 16, 64, 4, 1),
     ],
     "many": [
         Config("many", 16, 64, 128, 4, 3),
@@ -213,22 +236,23 @@ _CONFIGS = {
 }
 
 
-def _many(dtype: torch.dtype) -> list[Config]:
-    return _CONFIGS["many float32" if dtype is torch.float32 else "many"]
+def _configs(kernel: str, dtype: torch.dtype) -> list[Config]:
+    return _CONFIGS[f"{kernel} float32" if dtype is torch.float32 else kernel]
 
 
 def built_in(M: int, dtype: torch.dtype) -> Config:
     """The configuration where none was tuned: the first whose tile has room for the rows."""
     if M <= FEW:
-        return _CONFIGS["few"][0]
-    return next((c for c in _many(dtype) if c.BLOCK_M >= M), _many(dtype)[-1])
+        return _configs("few", dtype)[0]
+    many = _configs("many", dtype)
+    return next((c for c in many if c.BLOCK_M >= M), many[-1])
 
 
 def candidates(M: int, dtype: torch.dtype) -> list[Config]:
     """What `tune` tries."""
     if M <= FEW:
-        return _CONFIGS["few"] + [c for c in _many(dtype) if c.BLOCK_M == 16]
-    return _many(dtype)
+        return _configs("few", dtype) + [c for c in _configs("many", dtype) if c.BLOCK_M == 16]
+    return _configs("many", dtype)
 
 
 class Plan(NamedTuple):
@@ -241,12 +265,12 @@ class Plan(NamedTuple):
 
 
 def plan(M: int, N: int, K: int, dtype: torch.dtype, sms: int, config: Config) -> Plan:
-    """As many parts of K as occupy the multiprocessors, while the scratch they write and read stays below 5 % of the weight."""
+    """Parts of K until each multiprocessor has 32 warps, while the scratch written and read stays below 5 % of the weight."""
     tiles = triton.cdiv(N, config.BLOCK_N)
     if config.kernel == "many":
         tiles *= triton.cdiv(M, config.BLOCK_M)
     weight = N * (K // 2 * dtype.itemsize + (K + 7) // 8)
-    wanted = triton.cdiv(sms * 32 // config.num_warps // 2, tiles)  # half of the warps that fit
+    wanted = triton.cdiv(sms * 32 // config.num_warps, tiles)
     splits = max(1, min(wanted, weight // (20 * 8 * M * N), K // (2 * config.BLOCK_K)))
     split = triton.cdiv(triton.cdiv(K, splits), config.BLOCK_K) * config.BLOCK_K
     return Plan(config, tiles, max(1, triton.cdiv(K, split)) if K else 1, split)
