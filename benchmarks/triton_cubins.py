@@ -43,6 +43,7 @@ _POINTER = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -71,7 +72,7 @@ def record(function: Callable, *args) -> list[Launch]:
     launches = []
 
     def note(kernel, *args, grid, warmup=False, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(kernel, grid, named, options))
 
@@ -138,7 +139,8 @@ def compile_for(launch: Launch, arch: int, dtype: str) -> Cubin:
     loads = collections.Counter(
         _width(op) for op in operations if op.startswith(("LDG", "LDGSTS", "UTMALDG"))
     )
-    tile = {k: v for k, v in launch.arguments.items() if k.startswith("BLOCK")} | launch.options
+    tile = {k: v for k, v in launch.arguments.items() if k.startswith("BLOCK")}
+    tile |= {k: launch.options[k] for k in OPTIONS[:2] if k in launch.options}
     return Cubin(
         launch.name.lstrip("_"),
         dtype,

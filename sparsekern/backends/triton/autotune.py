@@ -14,6 +14,7 @@ writers at the same time lose nothing.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -43,10 +44,13 @@ class Config(NamedTuple):
 
 
 class Family(NamedTuple):
-    """An op that has a choice: its launcher, and by (M, dtype) the built-in configuration and those to try."""
+    """An op that has a choice: its launcher, the built-in configuration and those to try.
+
+    ``built_in(M, N, K, dtype, sms)`` with `sms` multiprocessors, ``candidates(M, dtype)``.
+    """
 
     launch: Callable
-    built_in: Callable[[int, torch.dtype], Config]
+    built_in: Callable[[int, int, int, torch.dtype, int], Config]
     candidates: Callable[[int, torch.dtype], list[Config]]
 
 
@@ -85,8 +89,23 @@ def config(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.de
             _stored = _read(path())
         entry = _stored.get(_name(key))
         known = (c for c in FAMILIES[op].candidates(key.M, dtype) if list(c) == entry)
-        chosen = _chosen[key] = next(known, None) or FAMILIES[op].built_in(key.M, dtype)
+        chosen = next(known, None) or FAMILIES[op].built_in(key.M, N, K, dtype, sms(device))
+        _chosen[key] = chosen
     return chosen
+
+
+@functools.cache
+def sms(device: torch.device) -> int:
+    """Multiprocessors; for the interpreter as many as an H100 has."""
+    if device.type == "cpu":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def parameters(config: Config) -> dict:
+    """What a launch passes on. Triton 3.10 will no longer fuse multiplications with additions by itself."""
+    chosen = {k: v for k, v in config._asdict().items() if k != "kernel"}
+    return chosen | {"enable_fp_fusion": True}
 
 
 def tune(op: str, *args) -> Config:

@@ -285,11 +285,11 @@ def _where_bit(keep, bit: tl.constexpr, x, SIGN_CLEARED: tl.constexpr):
 # ---- launchers ----
 
 # One tile for all: 16 bytes a thread and load in every dtype. 16 rows of 8 bytes an element spill nowhere.
-_CONFIGS = [{"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 8}]
+_CONFIGS = [{"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 8, "enable_fp_fusion": True}]
 # Sixteen elements and 24 sums a group: registers for two groups a thread, of 8 bytes an element for one.
 _TRANSPOSABLE_CONFIGS = [
-    {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 8},
-    {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4},
+    {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 8, "enable_fp_fusion": True},
+    {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4, "enable_fp_fusion": True},
 ]
 
 _FLOATS = {

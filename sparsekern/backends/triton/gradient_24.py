@@ -116,22 +116,20 @@ def dvalues_candidates(M: int, dtype: torch.dtype) -> list[Config]:
     return _CONFIGS["dvalues float32" if dtype is torch.float32 else "dvalues"]
 
 
-def dx_built_in(M: int, dtype: torch.dtype) -> Config:
+def dx_built_in(M: int, N: int, K: int, dtype: torch.dtype, sms: int) -> Config:
     """The first whose tile has room for the rows."""
     configs = dx_candidates(M, dtype)
     return next((c for c in configs if c.BLOCK_M >= M), configs[-1])
 
 
-def dvalues_built_in(M: int, dtype: torch.dtype) -> Config:
-    """Large tiles where sums are long."""
-    return dvalues_candidates(M, dtype)[0 if M <= 64 else -1]
+def dvalues_built_in(M: int, N: int, K: int, dtype: torch.dtype, sms: int) -> Config:
+    """The largest tile that still leaves each multiprocessor one."""
+    configs = dvalues_candidates(M, dtype)
+    enough = [c for c in configs if N * K >= sms * c.BLOCK_N * c.BLOCK_K]
+    return enough[-1] if enough else configs[0]
 
 
 # ---- launchers ----
-
-
-def _parameters(config: Config) -> dict[str, int]:
-    return {k: v for k, v in config._asdict().items() if k != "kernel"}
 
 
 def linear_24_dx(dy: Tensor, values: Tensor, meta: Tensor) -> Tensor:
@@ -143,7 +141,7 @@ def linear_24_dx(dy: Tensor, values: Tensor, meta: Tensor) -> Tensor:
     if dx.numel():
         _linear_24_dx[(tiles,)](
             rows, values, meta, dx, M, N, K, *rows.stride(), values.stride(0), meta.stride(0),
-            precision(dy.dtype), K % config.BLOCK_K == 0, **_parameters(config),
+            precision(dy.dtype), K % config.BLOCK_K == 0, **autotune.parameters(config),
         )  # fmt: skip
     return dx
 
@@ -157,7 +155,7 @@ def linear_24_dvalues(dy: Tensor, x: Tensor, meta: Tensor) -> Tensor:
     if dvalues.numel():
         _linear_24_dvalues[(tiles,)](
             dy, x, meta, dvalues, M, N, K, *dy.stride(), *x.stride(), meta.stride(0),
-            precision(x.dtype), **_parameters(config),
+            precision(x.dtype), **autotune.parameters(config),
         )  # fmt: skip
     return dvalues
 

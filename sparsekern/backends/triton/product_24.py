@@ -22,7 +22,6 @@ Where tiles of N are too few to occupy the device, both also split K: each part 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -104,10 +103,10 @@ def load_weight(
 def _linear_24_few(
     x, values, meta, bias, y, N, K, SPLIT_K,
     x_stride_m, x_stride_k, values_stride, meta_stride,
-    M: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, LAST: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[M, N], or with LAST unset the sums of one part of K, float32 [part, M, N]."""
+    """y[M, N], all M = BLOCK_M rows at once; with LAST unset the sums of one part of K, float32 [part, M, N]."""
     G: tl.constexpr = BLOCK_K // 4
     part = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -115,7 +114,7 @@ def _linear_24_few(
     columns = tl.arange(0, BLOCK_K)[None, :]
     start = part * SPLIT_K
     sums = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(BLOCK_M):
         sums = sums + (tl.zeros([BLOCK_N, G], tl.float32),)
     for k in range(start, min(start + SPLIT_K, K), BLOCK_K):
         first, second, nibble = load_weight(
@@ -125,19 +124,19 @@ def _linear_24_few(
         here = columns < (BLOCK_K if EVEN_K else K - k)
         at = x + (k + columns).to(tl.int64) * x_stride_k
         added = ()
-        for m in tl.static_range(M):
+        for m in tl.static_range(BLOCK_M):
             tile = tl.load(at + m * x_stride_m, mask=here, other=0)
             x0, x1, x2, x3 = quads(tile.to(tl.float32), 1, G)
             x_first, x_second = kept(x0, x1, x2, x3, nibble)
             added = added + (sums[m] + first * x_first + second * x_second,)
         sums = added
-    for m in tl.static_range(M):
+    for m in tl.static_range(BLOCK_M):
         z = tl.sum(sums[m], 1)
         if LAST:
             if bias is not None:
                 z += tl.load(bias + row, mask=row < N, other=0).to(tl.float32)
             z = _activate(z, ACTIVATION)
-        at = y + (part * M + m).to(tl.int64) * N + row
+        at = y + (part * BLOCK_M + m).to(tl.int64) * N + row
         tl.store(at, rounded(z, y.dtype.element_ty), mask=row < N)
 
 
@@ -220,8 +219,8 @@ _CONFIGS = {
         Config("few", 1, 16, 64, 4, 1),
     ],
     "many": [
+        Config("many", 16, 32, 128, 4, 4),
         Config("many", 16, 64, 128, 4, 3),
-        Config("many", 16, 128, 64, 4, 4),
         Config("many", 32, 64, 64, 4, 4),
         Config("many", 64, 64, 64, 4, 3),
         Config("many", 64, 128, 64, 4, 3),
@@ -240,12 +239,17 @@ def _configs(kernel: str, dtype: torch.dtype) -> list[Config]:
     return _CONFIGS[f"{kernel} float32" if dtype is torch.float32 else kernel]
 
 
-def built_in(M: int, dtype: torch.dtype) -> Config:
-    """The configuration where none was tuned: the first whose tile has room for the rows."""
+def built_in(M: int, N: int, K: int, dtype: torch.dtype, sms: int) -> Config:
+    """Where none was tuned. Tiles as high as there are rows, so that the weight is expanded once; of these the largest that
+    still leaves each multiprocessor two programs, of many rows one."""
     if M <= FEW:
         return _configs("few", dtype)[0]
     many = _configs("many", dtype)
-    return next((c for c in many if c.BLOCK_M >= M), many[-1])
+    rows = min(max(16, triton.next_power_of_2(M)), many[-1].BLOCK_M)
+    fitting = [c for c in many if c.BLOCK_M in (rows, max(rows // 2, 16) if M > 64 else rows)]
+    tiles = [triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) for c in fitting]
+    enough = [c for c, t in zip(fitting, tiles, strict=True) if t >= (2 if M <= 64 else 1) * sms]
+    return enough[-1] if enough else fitting[0]
 
 
 def candidates(M: int, dtype: torch.dtype) -> list[Config]:
@@ -265,23 +269,17 @@ class Plan(NamedTuple):
 
 
 def plan(M: int, N: int, K: int, dtype: torch.dtype, sms: int, config: Config) -> Plan:
-    """Parts of K until each multiprocessor has 32 warps, while the scratch written and read stays below 5 % of the weight."""
+    """Up to 16 rows, parts of K until each multiprocessor has 32 warps, while the scratch that is written and read stays below
+    a twelfth of the weight's bytes; beyond, where bytes are not the limit, until it has 8, below half of them."""
     tiles = triton.cdiv(N, config.BLOCK_N)
     if config.kernel == "many":
         tiles *= triton.cdiv(M, config.BLOCK_M)
     weight = N * (K // 2 * dtype.itemsize + (K + 7) // 8)
-    wanted = triton.cdiv(sms * 32 // config.num_warps, tiles)
-    splits = max(1, min(wanted, weight // (20 * 8 * M * N), K // (2 * config.BLOCK_K)))
+    warps, share = (32, 12) if M <= 16 else (8, 2)
+    wanted = sms * warps // config.num_warps // tiles
+    splits = max(1, min(wanted, weight // (share * 8 * M * N), K // (2 * config.BLOCK_K)))
     split = triton.cdiv(triton.cdiv(K, splits), config.BLOCK_K) * config.BLOCK_K
     return Plan(config, tiles, max(1, triton.cdiv(K, split)) if K else 1, split)
-
-
-@functools.cache
-def sms(device: torch.device) -> int:
-    """Multiprocessors; for the interpreter as many as an H100 has."""
-    if device.type == "cpu":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -303,26 +301,22 @@ def linear_24(
         return y
     bias = None if bias is None else bias.contiguous()
     config = autotune.config("linear_24", M, N, K, x.dtype, x.device)
-    config, tiles, splits, split = plan(M, N, K, x.dtype, sms(x.device), config)
+    config, tiles, splits, split = plan(M, N, K, x.dtype, autotune.sms(x.device), config)
     last = splits == 1
     out = y if last else x.new_empty(splits * M * N, dtype=torch.float32)
     strides = (*rows.stride(), values.stride(0), meta.stride(0))
     even = K % config.BLOCK_K == 0
-    meta_parameters = {
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_K": config.BLOCK_K,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    parameters = autotune.parameters(config)
     if config.kernel == "few":
+        parameters["BLOCK_M"] = M
         _linear_24_few[(tiles, splits)](
-            rows, values, meta, bias, out, N, K, split, *strides, M, activation, last, even,
-            **meta_parameters,
+            rows, values, meta, bias, out, N, K, split, *strides, activation, last, even,
+            **parameters,
         )  # fmt: skip
     else:
         _linear_24_many[(tiles, splits)](
             rows, values, meta, bias, out, M, N, K, split, *strides, activation,
-            precision(x.dtype), last, even, BLOCK_M=config.BLOCK_M, **meta_parameters,
+            precision(x.dtype), last, even, **parameters,
         )  # fmt: skip
     if not last:
         _sum_splits[(triton.cdiv(M * N, _SUM_BLOCK),)](

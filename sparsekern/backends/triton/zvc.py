@@ -107,7 +107,7 @@ def _unpack_zvc(mask, values, offsets, out, n, room):
 
 # ---- launchers ----
 
-_CONFIGS = [{"num_warps": 8}]  # 16 elements a thread
+_CONFIGS = [{"num_warps": 8, "enable_fp_fusion": True}]  # 16 elements a thread
 
 
 def _in_order(x: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
