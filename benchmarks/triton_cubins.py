@@ -91,6 +91,7 @@ class Cubin(NamedTuple):
     kernel: str
     dtype: str
     config: str
+    masked: bool  # compiled for a K that is no multiple of the tile
     arch: int
     registers: int
     spills: int
@@ -145,6 +146,7 @@ def compile_for(launch: Launch, arch: int, dtype: str) -> Cubin:
         launch.name.lstrip("_"),
         dtype,
         ", ".join(f"{k} {v}" for k, v in tile.items()),
+        not launch.arguments.get("EVEN_K", True),
         arch,
         int(re.search(r"REG:(\d+)", usage)[1]),
         sum(op.startswith(("STL", "LDL")) for op in operations),

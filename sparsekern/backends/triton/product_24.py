@@ -320,7 +320,7 @@ def linear_24(
         )  # fmt: skip
     if not last:
         _sum_splits[(triton.cdiv(M * N, _SUM_BLOCK),)](
-            out, bias, y, M * N, N, splits, activation, BLOCK=_SUM_BLOCK
+            out, bias, y, M * N, N, splits, activation, BLOCK=_SUM_BLOCK, enable_fp_fusion=True
         )
     return y
 
