@@ -1,10 +1,11 @@
-"""Compile every kernel and configuration of the Triton back end for a list of GPUs, without one; report what came out.
+"""Compile every kernel and configuration of the Triton back end for a list of GPUs, without one; report what came
+out.
 
     python -m benchmarks.triton_cubins [--arch 80 90 ...] [--only KERNEL ...] [--json]
 
-Per kernel, dtype and configuration: registers, spills, shared memory, instructions, and how wide its loads from global memory
-are, read from the machine code. :func:`record` lists the launches that a call of an op makes, without making them; the model of
-bytes (``benchmarks.triton_model``) reads the same list.
+Per kernel, dtype and configuration: registers, spills, shared memory, instructions, and how wide its loads from
+global memory are, read from the machine code. :func:`record` lists the launches that a call of an op makes, without
+making them; the model of bytes (``benchmarks.triton_model``) reads the same list.
 """
 
 from __future__ import annotations
@@ -185,17 +186,23 @@ def _formats(dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def _products(dtype: torch.dtype, K: int = K) -> Iterator[Launch]:
-    """Every configuration; the kernel for few rows is compiled for each number of them, and here for both ends."""
+    """Every configuration; of a K that is no multiple of the tiles, those that are built in.
+
+    The kernel for few rows is compiled for each number of them, and here for both ends.
+    """
     values, meta = torch.empty(N, K // 2, dtype=dtype), torch.empty(N, -(-K // 8)).byte()
     for op, family in autotune.FAMILIES.items():
-        for M in (1, 4, 256):
+        for M in (1, 4, 16, 64, 256):
             x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
             arguments = {
                 "linear_24": (x, values, meta),
                 "linear_24_dx": (dy, values, meta),
                 "linear_24_dvalues": (dy, x, meta),
             }[op]
-            for config in family.candidates(M, dtype):
+            configs = (
+                [family.built_in(M, N, K, dtype, 132)] if K % 32 else family.candidates(M, dtype)
+            )
+            for config in configs:
                 if (config.kernel == "few") == (M <= 4):
                     with mock.patch.object(autotune, "config", lambda *_, c=config: c):
                         yield from record(family.launch, *arguments)

@@ -2,12 +2,13 @@
 
     python -m benchmarks.triton_model [--sms 132] [--dtype bfloat16] [--rows 1 2 4 8 16 64 256]
 
-Everything is counted from the launches that ``linear_24`` would make (:func:`benchmarks.triton_cubins.record`): grid, tile, parts of
-K. Per decode shape of Llama-3-8B and Qwen2.5-7B:
+Everything is counted from the launches that ``linear_24`` would make (:func:`benchmarks.triton_cubins.record`):
+grid, tile, parts of K. Per decode shape of Llama-3-8B and Qwen2.5-7B:
 
 * least: values, meta, x and y once each;
-* bytes: what goes to and from memory. The weight once per group of eight tiles of rows (their programs are neighbours, so that
-  the second to eighth find it in the L2 cache), x once, scratch of split sums written and read, y once;
+* bytes: what goes to and from memory. The weight once per group of eight tiles of rows (their programs are
+  neighbours, so that the second to eighth find it in the L2 cache), x once, scratch of split sums written and read,
+  y once;
 * L2: bytes between the L2 cache and the multiprocessors over the least: every tile's own reads;
 * operations: multiplications made over those that 2:4 needs (N · K / 2 per row);
 * programs: how many there are for each multiprocessor.
@@ -71,11 +72,13 @@ def of(M: int, N: int, K: int, dtype: torch.dtype, sms: int) -> tuple[str, Cost]
     """The kernel that serves y[M, N] = x[M, K] · Wᵀ on a device with `sms` multiprocessors, and its cost."""
     x, values = torch.empty(M, K, dtype=dtype), torch.empty(N, K // 2, dtype=dtype)
     meta = torch.empty(N, math.ceil(K / 8), dtype=torch.uint8)
-    with mock.patch.object(backend.autotune, "sms", lambda _: sms):
+    with mock.patch.object(backend.autotune, "sms", return_value=sms):
         backend.autotune._chosen.clear()  # what another number of multiprocessors chose
         launches = record(backend.linear_24, x, values, meta)
     config = {k: v for k, v in launches[0].arguments.items() if k.startswith("BLOCK")}
-    tile = "x".join(str(v) for _, v in sorted(config.items(), key=lambda kv: "MNK".index(kv[0][-1])))
+    tile = "x".join(
+        str(v) for _, v in sorted(config.items(), key=lambda kv: "MNK".index(kv[0][-1]))
+    )
     name = launches[0].name.removeprefix("_linear_24_")
     return f"{name} {tile}, {launches[0].grid[1]} parts", cost(launches, M, N, K, dtype)
 
@@ -89,7 +92,8 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     for model, shapes in MODELS.items():
         table = Table(title=f"{model}, {options.dtype}, {options.sms} multiprocessors")
-        for column in ("M", "N", "K", "kernel, tile", "least MB", "bytes", "L2", "operations", "programs"):
+        columns = "M", "N", "K", "kernel, tile", "least MB", "bytes", "L2", "operations", "programs"
+        for column in columns:
             table.add_column(column, justify="left" if "kernel" in column else "right")
         for N, K in shapes:
             for M in options.rows:

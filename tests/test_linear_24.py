@@ -85,9 +85,9 @@ def test_linear_errs_at_most_twice_as_much_as_torch(backend, full, dtype, N, K):
     values, meta, dense = draw.weight(N, K)
     packed = backend.prepack_24(values, meta)
     # Few rows are drawn again until their root mean square settles.
-    times = 40 if N < 10 else 2
-    parts = (ROWS[:8], times), (ROWS[8:], 1)
-    for rows, times in parts if full else (([1, 4, 12], times // 2), ([40, 130], 1)):
+    again = 40 if N < 10 else 2
+    parts = (ROWS[:8], again), (ROWS[8:], 1)
+    for rows, times in parts if full else (([1, 4, 12], again // 2), ([40, 130], 1)):
         errors, prepacked = Errors(), Errors()
         for i, M in enumerate(rows * times):
             x, bias = draw(M, K), draw(N) if i % 3 else None

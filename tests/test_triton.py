@@ -1,4 +1,4 @@
-"""The Triton back end beyond what every back end is tested for: configurations, tuning, who asks for it, what it would launch."""
+"""The Triton back end beyond what every back end is tested for: configurations, tuning, who is served, machine code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,14 @@ def forget(monkeypatch) -> None:
 def test_every_configuration_multiplies_integers_exactly(monkeypatch, op, dtype):
     family = triton.autotune.FAMILIES[op]
     # One row and several, tails of every tile, an odd number of groups, K that goes into parts.
-    for M, N, K in [(1, 70, 516), (3, 33, 512), (4, 5, 12), (5, 33, 260), (18, 66, 132), (133, 66, 68)]:
+    for M, N, K in [
+        (1, 70, 516),
+        (3, 33, 512),
+        (4, 5, 12),
+        (5, 33, 260),
+        (18, 66, 132),
+        (133, 66, 68),
+    ]:
         x, dy, weight = integers(dtype, M, K), integers(dtype, M, N), integers(dtype, N, K)
         values, meta = reference.pack_24(weight)
         dense = reference.unpack_24(values, meta).double()
@@ -151,7 +158,9 @@ def test_tiles_are_placed_in_one_pass_and_where_determinism_is_asked_for_in_two(
         assert torch.equal(got[: want.numel()], want)
 
 
-def test_a_stream_that_lies_is_decoded_without_reading_outside_while_a_graph_is_captured(monkeypatch):
+def test_a_stream_that_lies_is_decoded_without_reading_outside_while_a_graph_is_captured(
+    monkeypatch,
+):
     # Under capture nothing can be asked of the device, so the kernel alone has to be safe.
     x = torch.zeros(2 * 4096)
     x[::2] = 1.0
@@ -274,7 +283,18 @@ def test_tune_keeps_the_fastest_for_this_process_and_the_next(fresh, monkeypatch
 
 def test_rows_in_one_bucket_share_a_choice():
     bucket = triton.autotune.bucket
-    assert [bucket(M) for M in (0, 1, 2, 3, 4, 5, 8, 9, 16, 17)] == [0, 1, 2, 3, 4, 8, 8, 16, 16, 32]
+    assert [bucket(M) for M in (0, 1, 2, 3, 4, 5, 8, 9, 16, 17)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        8,
+        8,
+        16,
+        16,
+        32,
+    ]
     assert bucket(8193) == bucket(10**9) == 8192
 
 
@@ -296,7 +316,7 @@ def test_tune_measures_every_op_that_has_a_choice(fresh, op):
 def test_what_cannot_be_tuned_is_an_error(fresh):
     with pytest.raises(ValueError, match="tune: op is 'pack_24'; it takes one of linear_24"):
         triton.tune("pack_24", torch.zeros(4, 4))
-    x, values, meta = problem()
+    _, values, meta = problem()
     captured = SimpleNamespace(is_cuda=True)
     with (
         mock.patch("torch.cuda.is_current_stream_capturing", return_value=True),
@@ -330,9 +350,7 @@ def test_a_file_that_makes_no_sense_is_empty_and_is_replaced(fresh, content):
 def test_an_entry_that_is_no_configuration_of_today_is_passed_over(fresh, entry):
     key = triton.autotune._Key("linear_24", 2, 9, 36, torch.float16, CPU)
     fresh.parent.mkdir()
-    fresh.write_text(
-        json.dumps({"version": 1, "choices": {triton.autotune._name(key): entry}})
-    )
+    fresh.write_text(json.dumps({"version": 1, "choices": {triton.autotune._name(key): entry}}))
     assert chosen() == built_in()
 
 
@@ -400,8 +418,9 @@ got[0].sum().backward()
 assert x.grad.shape == x.shape
 assert torch.equal(sk.pack_zvc(x.detach().relu()).unpack(), x.detach().relu())
 from sparsekern import backends
-names = {backends.resolve(op, torch.float32, torch.device("cpu")).__module__ for op in ("pack_24", "linear_24", "pack_zvc")}
-assert all(name.startswith("sparsekern.backends.triton") for name in names), names
+for op in ("pack_24", "linear_24", "pack_zvc"):
+    served = backends.resolve(op, torch.float32, torch.device("cpu"))
+    assert served.__module__.startswith("sparsekern.backends.triton"), served
 """
 
 
@@ -420,7 +439,9 @@ def test_a_program_that_names_it_runs_on_it_without_one_fallback():
 
 
 def test_without_the_interpreter_cpu_tensors_are_left_to_the_next_and_it_is_said():
-    done = run_python("import torch, sparsekern as sk; sk.prune_24(torch.ones(4))", TRITON_INTERPRET="0")
+    done = run_python(
+        "import torch, sparsekern as sk; sk.prune_24(torch.ones(4))", TRITON_INTERPRET="0"
+    )
     assert done.returncode != 0
     assert "prune_24: back end triton is unavailable: on the CPU it runs in" in done.stderr
     code = "import torch, sparsekern as sk; print(sk.prune_24(torch.ones(4)).tolist())"
@@ -461,7 +482,10 @@ def test_the_model_is_printed(fresh):
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_every_configuration_compiles_without_spills_and_few_rows_load_16_bytes(arch):
     command = [sys.executable, "-m", "benchmarks.triton_cubins", "--json", "--arch", str(arch)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "0"}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "TRITON_INTERPRET": "0",
+    }
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     cubins = [SimpleNamespace(**json.loads(line)) for line in done.stdout.splitlines()]

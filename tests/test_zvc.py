@@ -292,9 +292,7 @@ def test_past_the_cache_where_lines_are_streamed(isa, dtype):
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["small", "mapped"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_hold_storage_for_themselves_and_no_more(
-    backend, full, monkeypatch, mapped, dtype
-):
+def test_values_hold_storage_for_themselves_and_no_more(backend, full, monkeypatch, mapped, dtype):
     if mapped:
         monkeypatch.setattr(cpu, "_ALWAYS_NEW_BYTES", 1)
     n = 50_003 if full else 5_003

@@ -1,4 +1,5 @@
-"""The Triton back end: every op in kernels that Triton compiles at first use, for any GPU it reaches; no nvcc, no CuPy.
+"""The Triton back end: every op in kernels that Triton compiles at first use, for any GPU it reaches; no nvcc, no
+CuPy.
 
 * ``format_24.py``    2:4 and its device functions; begin here
 * ``product_24.py``   the product, for few tokens and for many
@@ -6,8 +7,8 @@
 * ``zvc.py``          zero-value compression
 * ``autotune.py``     which configuration is launched; ``tune`` measures, when called
 
-With TRITON_INTERPRET=1 in the environment when it is imported, and SPARSEKERN_BACKEND=triton, it serves CPU tensors in Triton's
-interpreter instead: slow, and exact enough to test the kernels on a machine without a GPU.
+With TRITON_INTERPRET=1 in the environment when it is imported, and SPARSEKERN_BACKEND=triton, it serves CPU tensors
+in Triton's interpreter instead: slow, and exact enough to test the kernels on a machine without a GPU.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Which configuration a kernel launches with: the built-in choice, or what `tune` measured on this device.
 
-Nothing is measured unless :func:`tune` is called, so no call of an op ever pays for it and a CUDA graph can capture any of
-them. Winners are kept in ``$XDG_CACHE_HOME/sparsekern/triton.json`` (``~/.cache`` where that is not set)::
+Nothing is measured unless :func:`tune` is called, so no call of an op ever pays for it and a CUDA graph can capture
+any of them. Winners are kept in ``$XDG_CACHE_HOME/sparsekern/triton.json`` (``~/.cache`` where that is not set)::
 
     {"version": 1, "choices": {"linear_24, M 16, N 4096, K 4096, bfloat16, NVIDIA H100 80GB HBM3, 9.0, triton 3.6.0":
                                ["many", 16, 64, 128, 4, 3]}}
 
-A file that cannot be read, or was written by another version, counts as empty; an entry that names no configuration of today
-is passed over. Writers take a lock, read what is there and rename a new file into place: a reader never sees half of one, and
-writers at the same time lose nothing.
+A file that cannot be read, or was written by another version, counts as empty; an entry that names no configuration
+of today is passed over. Writers take a lock, read what is there and rename a new file into place: a reader never
+sees half of one, and writers at the same time lose nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger("sparsekern")
 
 
 class Config(NamedTuple):
-    """The tile of a program, how many warps and pipeline stages work on it, and which of an op's kernels it is for."""
+    """The tile of a program, its warps and pipeline stages, and which of an op's kernels it is for."""
 
     kernel: str
     BLOCK_M: int
@@ -156,7 +156,9 @@ def tune(op: str, *args) -> Config:
     try:
         _write(_name(key), best)
     except OSError as error:
-        log.warning("tune: %s cannot be written (%s); the choice ends with this process", path(), error)
+        log.warning(
+            "tune: %s cannot be written (%s); the choice ends with this process", path(), error
+        )
     return best
 
 

@@ -10,11 +10,11 @@ One group, and what the three device functions below do with it::
     kept     a, b, c, d and the nibble -> the kept two          all three only rename registers and
     expand   the kept two and the nibble -> [R, 4G] dense       select between them: no memory
 
-``meta`` holds two nibbles a byte, the even group's in the low half. Letters: N rows (out features), K columns, G = K/4
-groups; a program takes a tile of BLOCK_N rows and BLOCK_K columns.
+``meta`` holds two nibbles a byte, the even group's in the low half. Letters: N rows (out features), K columns, G =
+K/4 groups; a program takes a tile of BLOCK_N rows and BLOCK_K columns.
 
-Elements move as integers of their size: floats would be free to alter the payload of a NaN. All of it is limited by the
-bytes moved: each element is read once and each output written once.
+Elements move as integers of their size: floats would be free to alter the payload of a NaN. All of it is limited by
+the bytes moved: each element is read once and each output written once.
 """
 
 from __future__ import annotations
@@ -81,11 +81,7 @@ def expand(first, second, nibble, R: tl.constexpr, G: tl.constexpr):
 @triton.jit
 def _magnitude(x, SIGN_CLEARED: tl.constexpr):
     """What prune compares: the bits without the sign for floats, so that a NaN exceeds infinity; |x| for integers."""
-    if SIGN_CLEARED:
-        magnitude = x & SIGN_CLEARED
-    else:
-        magnitude = tl.abs(x.to(tl.int32))
-    return magnitude
+    return x & SIGN_CLEARED if SIGN_CLEARED else tl.abs(x.to(tl.int32))
 
 
 @triton.jit
@@ -94,8 +90,16 @@ def _largest_two(d0, d1, d2, d3, SIGN_CLEARED: tl.constexpr):
     m0, m1 = _magnitude(d0, SIGN_CLEARED), _magnitude(d1, SIGN_CLEARED)
     m2, m3 = _magnitude(d2, SIGN_CLEARED), _magnitude(d3, SIGN_CLEARED)
     # wins_ij: i beats j. Six comparisons order any four; who loses twice is out.
-    wins01, wins02, wins03 = (m0 >= m1).to(tl.int32), (m0 >= m2).to(tl.int32), (m0 >= m3).to(tl.int32)
-    wins12, wins13, wins23 = (m1 >= m2).to(tl.int32), (m1 >= m3).to(tl.int32), (m2 >= m3).to(tl.int32)
+    wins01, wins02, wins03 = (
+        (m0 >= m1).to(tl.int32),
+        (m0 >= m2).to(tl.int32),
+        (m0 >= m3).to(tl.int32),
+    )
+    wins12, wins13, wins23 = (
+        (m1 >= m2).to(tl.int32),
+        (m1 >= m3).to(tl.int32),
+        (m2 >= m3).to(tl.int32),
+    )
     keep0 = wins01 + wins02 + wins03 >= 2
     keep1 = wins12 + wins13 >= 1 + wins01
     keep2 = wins02 + wins12 <= wins23
@@ -113,7 +117,8 @@ def _canonical(x, SIGN_CLEARED: tl.constexpr):
 
 @triton.jit
 def _tile(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Row indices [BLOCK_N, 1] and first column of this program's tile, in 64 bits: weights may pass 2^31 elements."""
+    """Row indices [BLOCK_N, 1] and first column of this program's tile, in 64 bits: weights may pass 2^31
+    elements."""
     tiles = tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -162,9 +167,7 @@ def _pack_24(
     low, high = tl.split(tl.reshape(nibble, [BLOCK_N, G // 2, 2]))
     byte = k0 // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
     width = (K + 7) // 8
-    tl.store(
-        meta + n * width + byte, (low | high << 4).to(tl.uint8), mask=(n < N) & (byte < width)
-    )
+    tl.store(meta + n * width + byte, (low | high << 4).to(tl.uint8), mask=(n < N) & (byte < width))
 
 
 @triton.jit
@@ -218,9 +221,7 @@ _MASKS = tl.constexpr(  # per mask the index of its pair in each row
     )
 )
 _BITS = tl.constexpr(  # per mask its sixteen bits, bit 4 r + c for row r and column c
-    tuple(
-        sum(1 << 4 * r + c for r, c in mask.nonzero().tolist()) for mask in transposable_masks()
-    )
+    tuple(sum(1 << 4 * r + c for r, c in mask.nonzero().tolist()) for mask in transposable_masks())
 )
 
 

@@ -5,8 +5,8 @@
 ``dvalues = (dyᵀ · x)`` at the kept positions, N x K/2, sums over M. A dense tile of dyᵀ · x is the accumulator of the
 tensor cores; what the weight does not keep of it is dropped before it is written.
 
-Both multiply densely (Triton has no sparse product, triton#6891) and are limited by operations; what they save is memory and
-the bytes of a dense weight, a half written and read again.
+Both multiply densely (Triton has no sparse product, triton#6891) and are limited by operations; what they save is
+memory and the bytes of a dense weight, a half written and read again.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def dx_built_in(M: int, N: int, K: int, dtype: torch.dtype, sms: int) -> Config:
 def dvalues_built_in(M: int, N: int, K: int, dtype: torch.dtype, sms: int) -> Config:
     """The largest tile that still leaves each multiprocessor one."""
     configs = dvalues_candidates(M, dtype)
-    enough = [c for c in configs if N * K >= sms * c.BLOCK_N * c.BLOCK_K]
+    enough = [c for c in configs if sms * c.BLOCK_N * c.BLOCK_K <= N * K]
     return enough[-1] if enough else configs[0]
 
 

@@ -2,16 +2,16 @@
 
 Letters: M tokens, N out features, K in features; x[M, K], values[N, K/2], meta[N, K/8]. Two kernels and a sum:
 
-``_linear_24_few``, up to four tokens, is limited by reading the weight. Each kept value picks its x and is multiplied, no
-other product is made::
+``_linear_24_few``, up to four tokens, is limited by reading the weight. Each kept value picks its x and is
+multiplied, no other product is made::
 
     values  v0 v1 | v0 v1 | ..     one load of 16 bytes: eight values of 16 bits, four groups
     meta    i0,i1 | i0,i1 | ..     the two bytes that go with them
     x       x0 x1 x2 x3 | ..       the same 16 columns for every row of the weight
     acc  += v0 * x[i0] + v1 * x[i1]    per group of columns, summed once at the end
 
-A thread loads the values, the positions and the x of the same columns, so nothing passes through shared memory. Compiled for
-sm_90 and bf16 it takes 5.3 instructions per dense element for one token, 13.3 for four.
+A thread loads the values, the positions and the x of the same columns, so nothing passes through shared memory.
+Compiled for sm_90 and bf16 it takes 5.3 instructions per dense element for one token, 13.3 for four.
 
 ``_linear_24_many``, from five tokens on, expands tiles of the weight and multiplies them densely on the tensor cores:
 Triton has no sparse product (triton#6891). It saves memory and the bytes of the weight, not operations.
@@ -50,7 +50,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(z, DTYPE: tl.constexpr):
     """fp32 to the nearest of DTYPE, ties to even."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = z.to(tl.int32, bitcast=True)
         nearest = tl.where(z == z, bits + 0x7FFF + (bits >> 16 & 1), bits | 0x400000)
         result = (nearest >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -114,7 +114,7 @@ def _linear_24_few(
     columns = tl.arange(0, BLOCK_K)[None, :]
     start = part * SPLIT_K
     sums = ()
-    for m in tl.static_range(BLOCK_M):
+    for _ in tl.static_range(BLOCK_M):
         sums = sums + (tl.zeros([BLOCK_N, G], tl.float32),)
     for k in range(start, min(start + SPLIT_K, K), BLOCK_K):
         first, second, nibble = load_weight(
@@ -142,7 +142,7 @@ def _linear_24_few(
 
 @triton.jit
 def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tile coordinates in an order that meets each tile of the weight eight times in a row, so that the cache has it."""
+    """Coordinates of a tile. Eight programs in a row share a tile of the weight, so that the cache has it."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = pid // (8 * tiles_n)
     height = min(tiles_m - group * 8, 8)
@@ -203,7 +203,7 @@ def _sum_splits(sums, bias, y, MN, N, SPLITS, ACTIVATION: tl.constexpr, BLOCK: t
 
 # ---- which configuration ----
 
-FEW = 4  # tokens up to which the weight's bytes, not the arithmetic, are the limit of _linear_24_few
+FEW = 4  # tokens up to which bytes, not arithmetic, should limit _linear_24_few
 _SUM_BLOCK = 256
 #         kernel, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
 _CONFIGS = {
@@ -240,13 +240,15 @@ def _configs(kernel: str, dtype: torch.dtype) -> list[Config]:
 
 
 def built_in(M: int, N: int, K: int, dtype: torch.dtype, sms: int) -> Config:
-    """Where none was tuned. Tiles as high as there are rows, so that the weight is expanded once; of these the largest that
-    still leaves each multiprocessor two programs, of many rows one."""
+    """Where none was tuned. Tiles as high as there are rows, so that the weight is expanded once; of these the
+    largest that still leaves each multiprocessor two programs, of many rows one."""
     if M <= FEW:
         return _configs("few", dtype)[0]
     many = _configs("many", dtype)
     rows = min(max(16, triton.next_power_of_2(M)), many[-1].BLOCK_M)
     fitting = [c for c in many if c.BLOCK_M in (rows, max(rows // 2, 16) if M > 64 else rows)]
+    if K % 32:  # rows are not aligned, and with so many short loads large tiles would spill
+        fitting = [c for c in fitting if c.BLOCK_M * c.BLOCK_N <= 64 * 64]
     tiles = [triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N) for c in fitting]
     enough = [c for c, t in zip(fitting, tiles, strict=True) if t >= (2 if M <= 64 else 1) * sms]
     return enough[-1] if enough else fitting[0]
@@ -269,8 +271,9 @@ class Plan(NamedTuple):
 
 
 def plan(M: int, N: int, K: int, dtype: torch.dtype, sms: int, config: Config) -> Plan:
-    """Up to 16 rows, parts of K until each multiprocessor has 32 warps, while the scratch that is written and read stays below
-    a twelfth of the weight's bytes; beyond, where bytes are not the limit, until it has 8, below half of them."""
+    """Up to 16 rows, parts of K until each multiprocessor has 32 warps, while the scratch that is written and read
+    stays below a twelfth of the weight's bytes; beyond, where bytes are not the limit, until it has 8, below half of
+    them."""
     tiles = triton.cdiv(N, config.BLOCK_N)
     if config.kernel == "many":
         tiles *= triton.cdiv(M, config.BLOCK_M)

@@ -9,11 +9,11 @@ A program takes a tile of 4096 elements, as the format does::
 
 Where tiles lie in ``values``:
 
-* ``pack_zvc`` reads x twice. The first pass writes the mask and counts, a sum over the tiles' counts says where each begins
-  and how many there are, the second pass places them, in order, into memory of the exact size.
-* ``pack_zvc_out`` reads x once: a tile reserves its place by an atomic addition to the count. Tiles then lie in the order in
-  which they came; where determinism is asked for it makes the two passes, without asking the host. (Waiting for the tiles
-  before, "look-back", needs guarantees of progress that Triton does not give.)
+* ``pack_zvc`` reads x twice. The first pass writes the mask and counts, a sum over the tiles' counts says where each
+  begins and how many there are, the second pass places them, in order, into memory of the exact size.
+* ``pack_zvc_out`` reads x once: a tile reserves its place by an atomic addition to the count. Tiles then lie in the
+  order in which they came; where determinism is asked for it makes the two passes, without asking the host. (Waiting
+  for the tiles before, "look-back", needs guarantees of progress that Triton does not give.)
 
 All of it is limited by the bytes moved: at 50 % zeros a 16-bit element costs 3.1 bytes in one pass, 5.1 in two.
 """
@@ -176,9 +176,7 @@ def _check(mask: Tensor, stored: int, offsets: Tensor, n: int) -> None:
     if beyond:
         raise ValueError("unpack_zvc: mask has bits set past the last element")
     if total != stored:
-        raise ValueError(
-            f"unpack_zvc: mask marks {total} non-zero elements, values holds {stored}"
-        )
+        raise ValueError(f"unpack_zvc: mask marks {total} non-zero elements, values holds {stored}")
     if outside:
         raise ValueError(f"unpack_zvc: offsets point outside the {stored} values there are")
     if apart:
