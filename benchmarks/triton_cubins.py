@@ -186,7 +186,8 @@ def _formats(dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def _products(dtype: torch.dtype, K: int = K) -> Iterator[Launch]:
-    """Every configuration; of a K that is no multiple of the tiles, those that are built in.
+    """Every configuration; those that are built in for a K that is no multiple of the tiles, and for float16, whose code
+    differs from that of bfloat16 in conversions alone.
 
     The kernel for few rows is compiled for each number of them, and here for both ends.
     """
@@ -199,9 +200,9 @@ def _products(dtype: torch.dtype, K: int = K) -> Iterator[Launch]:
                 "linear_24_dx": (dy, values, meta),
                 "linear_24_dvalues": (dy, x, meta),
             }[op]
-            configs = (
-                [family.built_in(M, N, K, dtype, 132)] if K % 32 else family.candidates(M, dtype)
-            )
+            configs = family.candidates(M, dtype)
+            if K % 32 or dtype is torch.float16:
+                configs = [family.built_in(M, N, K, dtype, 132)]
             for config in configs:
                 if (config.kernel == "few") == (M <= 4):
                     with mock.patch.object(autotune, "config", lambda *_, c=config: c):
