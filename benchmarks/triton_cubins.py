@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import re
@@ -186,8 +187,8 @@ def _formats(dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def _products(dtype: torch.dtype, K: int = K) -> Iterator[Launch]:
-    """Every configuration; those that are built in for a K that is no multiple of the tiles, and for float16, whose code
-    differs from that of bfloat16 in conversions alone.
+    """Every configuration; the built-in ones alone for a K that is no multiple of the tiles, and for float16, whose
+    code differs from that of bfloat16 in conversions.
 
     The kernel for few rows is compiled for each number of them, and here for both ends.
     """
@@ -209,6 +210,15 @@ def _products(dtype: torch.dtype, K: int = K) -> Iterator[Launch]:
                         yield from record(family.launch, *arguments)
 
 
+def _activations() -> Iterator[Launch]:
+    """Bias and activation behind one part of K, and behind several."""
+    values, meta = torch.empty(N, K // 2), torch.empty(N, K // 8, dtype=torch.uint8)
+    for M, activation in itertools.product((4, 256), ("relu2", "gelu", "silu")):
+        yield from record(
+            backend.linear_24, torch.empty(M, K), values, meta, torch.empty(N), activation
+        )
+
+
 def _compressions(dtype: torch.dtype) -> Iterator[Launch]:
     x, empty = torch.empty(1 << 20, dtype=dtype), torch.empty(0, dtype=dtype)
     mask, offsets = torch.zeros(1 << 17, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64)
@@ -228,6 +238,7 @@ def everything() -> Iterator[tuple[str, Launch]]:
         yield from ((dtype, launch) for launch in _products(dtype))
     # Masked where K is no multiple of the tile.
     yield from ((torch.bfloat16, launch) for launch in _products(torch.bfloat16, K - 4))
+    yield from ((torch.float32, launch) for launch in _activations())
     for dtype in _BY_SIZE:
         yield from ((dtype, launch) for launch in _compressions(dtype))
 

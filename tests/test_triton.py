@@ -204,7 +204,8 @@ def test_tiles_past_2_to_the_31_elements_are_pruned_and_unpacked(last_programs):
     assert torch.equal(out[-16:], reference.prune_24(weight[-16:]))
     assert bool((out[:16] == 9).all())
     values = torch.empty(N * 2, K // 2, dtype=torch.uint8)  # 2^31 of them, too
-    meta, dense = torch.empty(N * 2, K // 8, dtype=torch.uint8), torch.empty(2 * N, K).byte()
+    meta = torch.empty(N * 2, K // 8, dtype=torch.uint8)
+    dense = torch.empty(N * 2, K, dtype=torch.uint8)
     values[-16:], meta[-16:] = reference.pack_24(weight[-16:])
     last_programs(N // 8 - 1)
     triton.format_24._unpack_24[(1,)](values, meta, dense, 2 * N, K, K // 2, K // 8, **config)
@@ -230,7 +231,8 @@ def test_tiles_past_2_to_the_31_elements_are_compressed(last_programs):
 
 def test_rows_past_2_to_the_31_values_are_multiplied(last_programs, fresh):
     N, K = 2**23 + 64, 512
-    values, meta = torch.empty(N, K // 2, dtype=torch.bfloat16), torch.empty(N, K // 8).byte()
+    values = torch.empty(N, K // 2, dtype=torch.bfloat16)
+    meta = torch.empty(N, K // 8, dtype=torch.uint8)
     values[-64:], meta[-64:] = reference.pack_24(integers(torch.bfloat16, 64, K))
     x, y = integers(torch.bfloat16, 1, K), torch.empty(1, N, dtype=torch.bfloat16)
     last_programs(N // 64 - 1)

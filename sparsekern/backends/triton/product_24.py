@@ -125,7 +125,8 @@ def _linear_24_few(
         at = x + (k + columns).to(tl.int64) * x_stride_k
         added = ()
         for m in tl.static_range(BLOCK_M):
-            tile = tl.load(at + m * x_stride_m, mask=here, other=0)
+            tile = tl.load(at, mask=here, other=0)
+            at += x_stride_m  # in 64 bits, whatever the stride
             x0, x1, x2, x3 = quads(tile.to(tl.float32), 1, G)
             x_first, x_second = kept(x0, x1, x2, x3, nibble)
             added = added + (sums[m] + first * x_first + second * x_second,)
