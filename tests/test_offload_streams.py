@@ -7,7 +7,6 @@ the ordering, and each has to be found.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import random
 import sys
