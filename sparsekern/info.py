@@ -167,7 +167,7 @@ def _served(op: str, device: torch.device) -> dict:
     serves: dict[str, list[torch.dtype]] = {}
     passed_over: dict[tuple[str, str], list[torch.dtype]] = {}
     for dtype in _sorted(ops.OPS[op].dtypes):
-        for name in backends.TABLE.get(device.type, ("reference",)):
+        for name in backends.row(device.type):
             reason = why_not(name, op, dtype, device)
             if reason is None:
                 serves.setdefault(name, []).append(dtype)

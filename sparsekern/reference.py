@@ -28,7 +28,8 @@ ZVC_TILE = 4096
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits(x: Tensor) -> Tensor:
+    """x as integers of the same size."""
     return x.view(_BITS[x.element_size()])
 
 
@@ -36,7 +37,7 @@ def _magnitude(x: Tensor) -> Tensor:
     """|x| as int64, ordered: the bits without the sign for floats (a NaN exceeds infinity), the value for integers."""
     if x.dtype.is_floating_point:
         sign_cleared = torch.iinfo(_BITS[x.element_size()]).max
-        return (_bits(x) & sign_cleared).to(torch.int64)
+        return (bits(x) & sign_cleared).to(torch.int64)
     return x.to(torch.int64).abs()
 
 
@@ -54,7 +55,7 @@ def _canonical(x: Tensor) -> Tensor:
 
 def _where(keep: Tensor, x: Tensor) -> Tensor:
     """x where `keep`, else zero; contiguous."""
-    words = _bits(x)
+    words = bits(x)
     return torch.where(keep, words, torch.zeros_like(words)).contiguous().view(x.dtype)
 
 
@@ -73,7 +74,7 @@ def rows_of(x: Tensor) -> Tensor:
 def _gather(dense: Tensor, positions: Tensor) -> Tensor:
     """dense [N, K] at positions [N, K/4, 2]: [N, K/2]."""
     N, K = dense.shape
-    kept = _bits(dense).unflatten(-1, (-1, 4)).gather(-1, positions)
+    kept = bits(dense).unflatten(-1, (-1, 4)).gather(-1, positions)
     return kept.reshape(N, K // 2).view(dense.dtype)
 
 
@@ -95,7 +96,7 @@ def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack_24(values: Tensor, meta: Tensor) -> Tensor:
     N, half = values.shape
-    words = _bits(values)
+    words = bits(values)
     dense = words.new_zeros(N, half // 2, 4)
     dense.scatter_(-1, _meta_positions(meta, half // 2), words.unflatten(-1, (-1, 2)))
     return dense.reshape(N, 2 * half).view(values.dtype)
@@ -196,7 +197,7 @@ def linear_24_prepacked(
 
 
 def pack_zvc(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    words = _bits(x.contiguous()).flatten()
+    words = bits(x.contiguous()).flatten()
     nonzero = words != 0
     tiles = F.pad(nonzero, (0, -x.numel() % ZVC_TILE)).reshape(-1, ZVC_TILE)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
@@ -219,11 +220,11 @@ def unpack_zvc(mask: Tensor, values: Tensor, offsets: Tensor, size: list[int]) -
     for length in size:
         n *= length
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits = ((mask.unsqueeze(-1) >> shifts) & 1).bool().flatten()
-    if bits[n:].any():
+    marked = ((mask.unsqueeze(-1) >> shifts) & 1).bool().flatten()
+    if marked[n:].any():
         raise ValueError("unpack_zvc: mask has bits set past the last element")
-    bits = F.pad(bits[:n], (0, -n % ZVC_TILE)).reshape(-1, ZVC_TILE)
-    counts = bits.sum(-1)
+    marked = F.pad(marked[:n], (0, -n % ZVC_TILE)).reshape(-1, ZVC_TILE)
+    counts = marked.sum(-1)
     if (total := int(counts.sum())) != values.numel():
         raise ValueError(
             f"unpack_zvc: mask marks {total} non-zero elements, values holds {values.numel()}"
@@ -235,11 +236,11 @@ def unpack_zvc(mask: Tensor, values: Tensor, offsets: Tensor, size: list[int]) -
     length = counts[counts > 0][order]
     if bool((start != length.cumsum(0) - length).any()):
         raise ValueError("unpack_zvc: offsets overlap or leave a gap")
-    rank = bits.cumsum(-1) - 1
+    rank = marked.cumsum(-1) - 1
     place = (offsets.unsqueeze(-1) + rank)[
-        bits
+        marked
     ]  # where in values each marked element, in order, is found
-    words = _bits(values)
+    words = bits(values)
     out = words.new_zeros(n)
-    out[bits.flatten()[:n]] = words[place]
+    out[marked.flatten()[:n]] = words[place]
     return out.view(values.dtype).reshape(size)

@@ -172,7 +172,7 @@ def plan() -> list[tuple[str, str]]:
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     pairs = []
     for device in devices:
-        for name in backends.TABLE.get(device.partition(":")[0], ("reference",)):
+        for name in backends.row(device.partition(":")[0]):
             if name == "reference" or backends.load(name).unavailable(torch.device(device)) is None:
                 pairs.append((device, name))
     return pairs

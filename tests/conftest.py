@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter. It has to be told before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import sparsekern as sk
 from sparsekern import backends
-from sparsekern.backends import cpu
+from sparsekern.backends import cpu, triton
 from sparsekern.offload import ActivationOffload, context
 
 COMPILED = cpu.unavailable(torch.device("cpu")) is None
 ISAS = cpu.isas() if COMPILED else []
+NO_TRITON = triton.unavailable(torch.device("cpu"))
 
 # A fallback to a slower back end is an error in every test; without a compiled core it is all there is.
 os.environ.setdefault("SPARSEKERN_STRICT", "1" if COMPILED else "0")
@@ -46,9 +51,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     skip_cuda = pytest.mark.skip(reason="no CUDA device")
     skip_compiled = pytest.mark.skip(reason="no compiled core")
+    skip_triton = pytest.mark.skip(reason=f"no Triton for CPU tensors: {NO_TRITON}")
     for item in items:
         if "compiled" in item.keywords and not COMPILED:
             item.add_marker(skip_compiled)
+        if "triton" in item.keywords and NO_TRITON:
+            item.add_marker(skip_triton)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_cuda)
         if "data" in item.keywords:
@@ -86,16 +94,22 @@ def text_path(request) -> Path:
     return request.config.getoption("--data") / DATA["text_path"]
 
 
-@pytest.fixture(params=["reference", *ISAS])
+@pytest.fixture(params=["reference", *ISAS, pytest.param("triton", marks=pytest.mark.triton)])
 def backend(request):
     """Each back end that serves CPU tensors, each instruction set of the compiled one: a module of ops."""
-    if request.param == "reference":
-        yield backends.load("reference")
+    if request.param in ("reference", "triton"):
+        yield backends.load(request.param)
         return
     before = cpu.isa()
     cpu.set_isa(request.param)
     yield cpu
     cpu.set_isa(before)
+
+
+@pytest.fixture
+def full(backend) -> bool:
+    """Whether the back end is fast enough for the full size of a test; the interpreter takes a part of it."""
+    return backend is not triton
 
 
 @pytest.fixture(

@@ -150,17 +150,17 @@ def test_results_are_the_same_bits_on_any_number_of_threads(isa, dtype, M):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_summed_is_zero(isa, dtype):
+def test_nothing_summed_is_zero(backend, dtype):
     values, meta, *_ = Draw(dtype, exact=True).weight(6, 20)
     empty = torch.empty(0, 20, dtype=dtype)
-    got = cpu.linear_24_dvalues(torch.empty(0, 6, dtype=dtype), empty, meta)
+    got = backend.linear_24_dvalues(torch.empty(0, 6, dtype=dtype), empty, meta)
     assert torch.equal(got, torch.zeros(6, 10, dtype=dtype))
     for M in (1, 40):
-        got = cpu.linear_24_dx(torch.empty(M, 0, dtype=dtype), values[:0], meta[:0])
+        got = backend.linear_24_dx(torch.empty(M, 0, dtype=dtype), values[:0], meta[:0])
         assert torch.equal(got, torch.zeros(M, 20, dtype=dtype))
 
 
-def test_infinities_and_nans_reach_what_keeps_them(isa):
+def test_infinities_and_nans_reach_what_keeps_them(backend):
     for dtype in DTYPES:
         for M in (1, 7, 40):
             draw = Draw(dtype, exact=True)
@@ -169,26 +169,26 @@ def test_infinities_and_nans_reach_what_keeps_them(isa):
             dense = reference.unpack_24(values, meta)
             dy, x = draw(M, 10).abs() + 1, draw(M, 36)
             want = (dy.double() @ dense.double()).to(dtype)
-            got = cpu.linear_24_dx(dy, values, meta)
+            got = backend.linear_24_dx(dy, values, meta)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
             x[M // 2, 8:12] = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.inf])
             want = (dy.double().mT @ x.double()).to(dtype)[kept].reshape(10, 18)
-            got = cpu.linear_24_dvalues(dy, x, meta)
+            got = backend.linear_24_dvalues(dy, x, meta)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-def test_halves_overflow_and_round_as_torch_rounds(isa):
+def test_halves_overflow_and_round_as_torch_rounds(backend):
     meta = torch.full((1, 1), 0x44, dtype=torch.uint8)
     for M in (1, 40):
         values = torch.tensor([[60000.0, 2.0**-14]], dtype=torch.float16)
         dy = torch.full((M, 1), 2.0, dtype=torch.float16)
-        got = cpu.linear_24_dx(dy, values, meta)
+        got = backend.linear_24_dx(dy, values, meta)
         assert got.tolist() == [[torch.inf, 2.0**-13, 0, 0]] * M
         # 1 + 2^-8 lies halfway between two bf16, and so does 1 + 3 * 2^-8: ties go to even.
         values = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16).repeat(2, 1)
         for part, want in ((2.0**-8, 1.0), (3 * 2.0**-8, 1 + 2.0**-6)):
             dy = torch.tensor([[1.0, part]], dtype=torch.bfloat16).repeat(M, 1)
-            got = cpu.linear_24_dx(dy, values, meta.repeat(2, 1))
+            got = backend.linear_24_dx(dy, values, meta.repeat(2, 1))
             assert got.tolist() == [[want, want, 0, 0]] * M
 
 

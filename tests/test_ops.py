@@ -196,7 +196,9 @@ assert torch.equal(x.grad, gx) and torch.equal(values.grad, gv)
 """
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.triton)]
+)
 def test_autocast_does_not_reach_into_kernels_or_their_self_test(backend):
     env = os.environ | {"SPARSEKERN_BACKEND": backend, "PYTHONWARNINGS": "error::RuntimeWarning"}
     done = subprocess.run(
@@ -260,7 +262,7 @@ def test_the_backend_variable_is_checked(monkeypatch):
     assert backends.order("cpu") == ("reference",)
     monkeypatch.setenv("SPARSEKERN_BACKEND", "abacus")
     with pytest.raises(
-        ValueError, match="SPARSEKERN_BACKEND is 'abacus'; it takes one of cpu, reference"
+        ValueError, match="SPARSEKERN_BACKEND is 'abacus'; it takes one of cpu, reference, triton"
     ):
         backends.order("cpu")
 

@@ -6,7 +6,7 @@ The reference serves everything. Any other back end is a module with a function 
 * ``SERVES``: op name to the dtypes it takes;
 * ``unavailable(device)``: None, or why it cannot serve that device here.
 
-To add one: its module, and its name in ``TABLE``.
+To add one: its module or package, and its name in ``TABLE``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ log = logging.getLogger("sparsekern")
 # Device type to back ends, the best first. Device types not named here are served by the reference.
 TABLE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("reference",),
+    "cuda": ("triton", "reference"),
 }
+# Served only where SPARSEKERN_BACKEND asks for it: on CPU tensors, Triton's interpreter.
+ON_REQUEST: dict[str, tuple[str, ...]] = {"cpu": ("triton",)}
 
 
 class Fallback(RuntimeError):
@@ -41,9 +43,16 @@ def load(name: str) -> ModuleType:
     )
 
 
+def row(device_type: str) -> tuple[str, ...]:
+    """The row of the table for a device type, with what SPARSEKERN_BACKEND requests in front."""
+    names = TABLE.get(device_type, ("reference",))
+    wanted = os.environ.get("SPARSEKERN_BACKEND")
+    return (wanted, *names) if wanted in ON_REQUEST.get(device_type, ()) else names
+
+
 def order(device_type: str) -> tuple[str, ...]:
     """Back ends for a device type, best first; SPARSEKERN_BACKEND puts one in front."""
-    names = TABLE.get(device_type, ("reference",))
+    names = row(device_type)
     wanted = os.environ.get("SPARSEKERN_BACKEND")
     if not wanted:
         return names
