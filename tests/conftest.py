@@ -24,6 +24,8 @@ NO_TRITON = triton.unavailable(torch.device("cpu"))
 
 # A fallback to a slower back end is an error in every test; without a compiled core it is all there is.
 os.environ.setdefault("SPARSEKERN_STRICT", "1" if COMPILED else "0")
+# Products of cuBLAS are the same every time only with this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DATA = {"mnist_path": "mnist.npz", "text_path": "tinyshakespeare.txt"}  # fixture to file
 
@@ -158,5 +160,9 @@ def offloads():
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request) -> torch.device:
-    return torch.device(request.param)
+def device(request):
+    """Each device; where sums may come in any order, they do not."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param == "cuda", warn_only=True)
+    yield torch.device(request.param)
+    torch.use_deterministic_algorithms(before)

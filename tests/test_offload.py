@@ -648,10 +648,10 @@ def test_columns_of_what_is_packed_are_not_packed_again(offloads):
     assert columns.stride() == (10, 1)
 
 
-def test_an_address_that_is_used_again(offloads, device):
+def test_an_address_that_is_used_again(offloads):
     """Freed memory is handed out again at once: other values, another packed object."""
     offload = offloads()
-    x = torch.randn(5000, device=device, requires_grad=True)
+    x = torch.randn(5000, requires_grad=True)
     addresses, loss = set(), 0.0
     with offload:
         for i in range(20):

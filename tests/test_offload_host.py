@@ -75,6 +75,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("take"), st.integers(0, 2 * SLAB)),
         st.tuples(st.just("take"), st.integers(0, 3 * ALIGN)),
         st.tuples(st.just("give"), st.integers(0, 100)),
+        st.tuples(st.just("shrink"), st.tuples(st.integers(0, 100), st.floats(0, 1))),
         st.tuples(st.just("trim"), st.none()),
     ),
     max_size=60,
@@ -96,6 +97,11 @@ def test_any_order_of_taking_and_giving(operations, slabs, pinnable):
                 blocks.append(block)
         elif what == "give" and blocks:
             pool.give(blocks.pop(argument % len(blocks)))
+        elif what == "shrink" and blocks:
+            block = blocks[argument[0] % len(blocks)]
+            nbytes = int(block.nbytes * argument[1])
+            pool.shrink(block, nbytes)
+            assert block.nbytes == nbytes
         elif what == "trim":
             pool.trim()
             assert all(any(b.slab is s for b in blocks) for s in pool._slabs)
