@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from late_streams import LateStreams, late
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import sparsekern as sk
 from sparsekern.offload import host, policy
-from sparsekern.offload.context import Packed
+from sparsekern.offload.context import WARM, Packed
 from sparsekern.offload.host import Block as HostBlock
 from sparsekern.offload.host import HostPool
 from sparsekern.offload.streams import Accelerator
@@ -344,6 +345,34 @@ def other_thread(run: Run):
     return run.grads()
 
 
+def several_threads(run: Run):
+    """One net and one context in several threads at a time, each on a stream of its own."""
+    s = run.streams
+    streams = [s.stream(f"thread {i}") for i in range(3)]
+    grads: dict = {}
+
+    def work(stream):
+        torch.set_num_threads(1)
+        with s.watch(), s.on(stream):
+            for _ in range(3):
+                with run.offload:
+                    loss = run.model(run.x).square().mean()
+                grads[stream] = torch.autograd.grad(loss, list(run.model.parameters()))
+
+    threads = [threading.Thread(target=work, args=(stream,)) for stream in streams]
+    for stream in streams:
+        s.order(stream, s.main)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for stream in streams:
+        s.order(s.main, stream)
+    for g in itertools.chain(*grads.values()):
+        s.used_on(g, s.main)
+    return [g.clone() for stream in streams for g in grads[stream]]
+
+
 def prefetched_in_vain(run: Run):
     """Backward of the second graph prefetches from the first, which is then dropped."""
     for _ in range(2):
@@ -377,7 +406,7 @@ CASES = [
     *(("mlp", scenario) for scenario in (
         training, retain_graph, double_backward, two_forwards, dropped, forward_error, backward_error,
         other_stream, called_from_another_stream, weights_from_another_stream, pipeline, branches,
-        other_thread, prefetched_in_vain, nested, checkpointed,
+        other_thread, several_threads, prefetched_in_vain, nested, checkpointed,
     )),
     *(("conv", scenario) for scenario in (training, retain_graph)),
     *(("block", scenario) for scenario in (training, double_backward, two_forwards, checkpointed)),
@@ -903,6 +932,21 @@ def test_one_ops_two_tensors_are_fetched_once(monkeypatch):
     assert fetches.parts
 
 
+def test_what_is_kept_for_a_second_use_is_little_and_goes_with_the_graph():
+    with late(1, ahead=0) as transfer:
+        model, x = deep()
+        with sk.offload_activations("cpu", min_bytes=64) as offload:
+            loss = model(x).sum()
+        loss.backward(retain_graph=True)
+        packed = [p for p in (ref() for ref in offload._by_index.values()) if p is not None]
+        kept = [StorageWeakRef(p.warm.untyped_storage()) for p in packed if p.warm is not None]
+        assert len(packed) > 4
+        assert len(kept) == WARM
+        del packed, loss
+        assert all(ref.expired() for ref in kept)
+        settled(transfer)
+
+
 def test_a_prefetch_that_finds_no_memory_is_left_for_later(monkeypatch):
     want = expected("mlp", training)
     prefetch = Packed.prefetch
@@ -1123,3 +1167,25 @@ def test_hooks_run_in_threads_of_autograd_that_never_entered():
     assert torch.equal(grad(offload), want)
     assert len(threads) > 1
     assert offload.stats.total.packed
+
+
+def test_a_dying_packed_object_cannot_be_taken_up_again():
+    """Weak references to an object are still good while its own finalizer runs, for other threads say."""
+    with late(0, ahead=0) as transfer:
+        model, x = deep()
+        with sk.offload_activations("cpu", min_bytes=64) as offload:
+            loss = model(x).sum()
+        add, alive = offload.stats.ledger.add, []
+
+        def looking(**changes):
+            add(**changes)
+            if changes.get("plain", 0) < 0:
+                refs = list(offload._by_index.values())
+                alive.append(sum(ref() is not None for ref in refs))
+
+        offload.stats.ledger.add = looking
+        packed = len(offload._by_index)
+        del loss
+        assert packed > 4
+        assert sorted(alive, reverse=True) == list(range(packed - 1, -1, -1))
+        settled(transfer)

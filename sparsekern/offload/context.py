@@ -69,12 +69,38 @@ class Kept:
             self._offload._keep(self.tensor, -1)
 
 
+class Entry:
+    """What is counted and listed of a packed object, for as long as that lives.
+
+    An object of its own: one that has a finalizer and is known by weak references can be taken up by
+    another thread while its finalizer runs.
+    """
+
+    __slots__ = ("_held", "_index", "_key", "_offload", "_plain")
+
+    def __init__(self, offload: ActivationOffload, index: int, key: int, plain: int):
+        self._offload, self._index, self._key, self._plain = offload, index, key, plain
+        self._held = False
+        offload.stats.ledger.add(plain=plain)
+
+    def hold(self, held: bool) -> None:
+        change, self._held = held - self._held, held
+        if change:
+            self._offload.stats.ledger.add(device=change * self._plain)
+
+    def __del__(self):
+        self.hold(False)
+        self._offload.stats.ledger.add(plain=-self._plain)
+        self._offload._forget(self._index, self._key)
+
+
 class Packed:
     """One region of one storage, written down. Shared by every saved tensor that looks at it."""
 
     __slots__ = (
         "__weakref__",
         "_cache",
+        "_entry",
         "_lock",
         "begun",
         "codec",
@@ -134,7 +160,7 @@ class Packed:
         self.warm: Tensor | None = None  # its decoding, for the next of them
         self._cache: tuple[StorageWeakRef, int, Version, object] | None = None
         self._lock = threading.RLock()
-        offload.stats.ledger.add(plain=self.plain)
+        self._entry = Entry(offload, self.index, self.key, nbytes)
 
     @property
     def numel(self) -> int:
@@ -142,10 +168,8 @@ class Packed:
 
     def hold(self, source: Tensor | None) -> None:
         """Keep the elements themselves on the device, or stop doing so."""
-        change = (source is not None) - (self.held is not None)
         self.held = source
-        if change:
-            self.offload.stats.ledger.add(device=change * self.plain)
+        self._entry.hold(source is not None)
 
     def covers(self, t: Tensor, at: Region) -> bool:
         """Whether this is the memory that `t` looks at, as it is now."""
@@ -199,13 +223,6 @@ class Packed:
         for part in self.parts:
             part.fetch()
         return True
-
-    def __del__(self):
-        if not hasattr(self, "_lock"):
-            return
-        self.hold(None)
-        self.offload.stats.ledger.add(plain=-self.plain)
-        self.offload._forget(self)
 
 
 class Saved:
@@ -592,13 +609,13 @@ class ActivationOffload:
         if not before or not after:
             self.stats.ledger.add(plain=change * nbytes, device=change * nbytes)
 
-    def _forget(self, packed: Packed) -> None:
+    def _forget(self, index: int, key: int) -> None:
         with LOCK:
-            self._by_index.pop(packed.index, None)
-            of_storage = self._packed.get(packed.key, {})
-            of_storage.pop(packed.index, None)
+            self._by_index.pop(index, None)
+            of_storage = self._packed.get(key, {})
+            of_storage.pop(index, None)
             if not of_storage:
-                self._packed.pop(packed.key, None)
+                self._packed.pop(key, None)
 
 
 def _foreign(t: Tensor) -> str:

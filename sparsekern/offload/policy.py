@@ -150,8 +150,9 @@ class Policy:
         return Plan("zvc", host, room=room)
 
     def _density(self, flat: Tensor, site: Site, later: bool, ask) -> float:
-        if site.asked is not None and site.asked.ready():
-            site.saw(site.asked.values()[0] / 1e6)
+        asked = site.asked  # once: another thread may be at this site
+        if asked is not None and asked.ready():
+            site.saw(asked.values()[0] / 1e6)
             site.asked = None
         if site.density is None:
             site.density = float(codec.density(flat))
