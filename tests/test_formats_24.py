@@ -182,7 +182,8 @@ def test_large_weights_on_several_threads_give_the_bits_of_the_reference(isa, dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_back_end_prunes_tiles_to_the_bits_of_the_reference(backend, full, dtype):
-    for (N, K), kind in itertools.product([*SHAPES, (16, 1028)] if full else SHAPES, FILLS):
+    shapes, kinds = ([*SHAPES, (16, 1028)], FILLS) if full else (SHAPES, FILLS[3:])
+    for (N, K), kind in itertools.product(shapes, kinds):
         weight = fill(kind, dtype, 4 * N, K)
         pruned = backend.prune_24_transposable(weight)
         assert_same_bits(pruned, reference.prune_24_transposable(weight))
