@@ -39,6 +39,11 @@ def pytest_addoption(parser):
         "tinyshakespeare.txt",
     )
     parser.addoption(
+        "--cubins",
+        action="store_true",
+        help="compile every Triton kernel for every architecture too: ten minutes on two cores",
+    )
+    parser.addoption(
         "--sanitized",
         action="store_true",
         help="insist that the compiled core in use was built with sanitizers (make sanitize)",
@@ -54,7 +59,10 @@ def pytest_collection_modifyitems(config, items):
     skip_cuda = pytest.mark.skip(reason="no CUDA device")
     skip_compiled = pytest.mark.skip(reason="no compiled core")
     skip_triton = pytest.mark.skip(reason=f"no Triton for CPU tensors: {NO_TRITON}")
+    skip_cubins = pytest.mark.skip(reason="machine code of every architecture: --cubins")
     for item in items:
+        if "cubins" in item.keywords and not config.getoption("--cubins"):
+            item.add_marker(skip_cubins)
         if "compiled" in item.keywords and not COMPILED:
             item.add_marker(skip_compiled)
         if "triton" in item.keywords and NO_TRITON:

@@ -479,7 +479,7 @@ def test_the_model_is_printed(fresh):
         assert words in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.cubins
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_every_configuration_compiles_without_spills_and_few_rows_load_16_bytes(arch):
