@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,12 @@ def pytest_collection_modifyitems(config, items):
     skip_cuda = pytest.mark.skip(reason="no CUDA device")
     skip_data = pytest.mark.skip(reason="no mnist.npz in the folder that --data names")
     skip_compiled = pytest.mark.skip(reason="no compiled core")
+    skip_compiler = pytest.mark.skip(reason="no C++ compiler")
     for item in items:
         if "compiled" in item.keywords and not COMPILED:
             item.add_marker(skip_compiled)
+        if "compiler" in item.keywords and not shutil.which(os.environ.get("CXX", "c++")):
+            item.add_marker(skip_compiler)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_cuda)
         if "data" in item.keywords and not mnist(config).exists():
