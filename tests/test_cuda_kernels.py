@@ -41,6 +41,14 @@ def schedule(request, execution):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def plain(request):
+    """Every test starts on the large device, first come first served."""
+    if "execution" in request.fixturenames:
+        execution = request.getfixturevalue("execution")
+        execution.device, execution.schedule = LARGE, 0
+
+
 def dtypes_of(op: str) -> list[torch.dtype]:
     return sorted(cuda.SERVES[op], key=str)
 
@@ -101,6 +109,125 @@ def test_any_bits(op, dtype, execution):
     weight[::3, ::5] = -0.0
     weight[::7, ::3] = torch.inf
     assert selftest.check(cuda, op, (weight,)) is None
+
+
+# ---- products ----
+
+LARGE = cuda_launch.Device(132, 227 << 10, 228 << 10)
+SMALL = cuda_launch.Device(
+    2, 99 << 10, 100 << 10
+)  # so that larger tiles and fewer splits are chosen
+
+# (device, M, N, K): both sides of every choice the plans make; ragged in each of M, N and K.
+SHAPES = [
+    (LARGE, 1, 16, 64),
+    (LARGE, 8, 32, 128),
+    (LARGE, 5, 48, 320),
+    (LARGE, 16, 80, 1408),
+    (SMALL, 9, 40, 1408),
+    (SMALL, 3, 96, 2112),
+    (LARGE, 33, 160, 384),
+    (SMALL, 64, 144, 256),
+    (SMALL, 32, 130, 640),
+    (LARGE, 64, 16, 896),
+    (LARGE, 100, 144, 192),
+    (SMALL, 130, 272, 128),
+    (SMALL, 140, 130, 336),
+    (SMALL, 129, 129, 100),
+    (SMALL, 257, 17, 68),
+    (LARGE, 70, 9, 4),
+]
+
+
+def products(dtype, device_shape, exact=True):
+    """linear_24 and linear_24_prepacked for a shape, as (op, args)."""
+    _, M, N, K = device_shape
+    samples = Samples(dtype, CPU, exact)
+    x, (values, meta), bias = (
+        samples.dense(M, K, low=-1, high=1),
+        samples.packed(N, K),
+        samples.dense(N),
+    )
+    activation = ("none", "relu", "relu2", "gelu", "silu")[(M + N) % 5]
+    for bias_or_none in (bias, None):
+        yield "linear_24", (x, values, meta, bias_or_none, activation)
+    yield "linear_24_prepacked", (x, reference.prepack_24(values, meta), N, bias, activation)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s[1:])))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products(shape, dtype, schedule, execution):
+    execution.device = shape[0]
+    for op, args in products(dtype, shape):
+        wrong = selftest.check(cuda, op, args)
+        assert wrong is None, f"{op}: {wrong}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_random_products(dtype, execution):
+    """Sums that round: within twice torch's own error."""
+    for shape in ((SMALL, 130, 130, 1024), (SMALL, 7, 64, 2048), (LARGE, 40, 32, 2048)):
+        execution.device = shape[0]
+        for op, args in products(dtype, shape, exact=False):
+            assert selftest.check(cuda, op, args, exact=False) is None
+        _, M, N, _ = shape
+        samples = Samples(dtype, CPU, exact=False)
+        dy, x, (values, meta) = samples.dense(M, N), samples.dense(M, 64), samples.packed(N, 64)
+        assert selftest.check(cuda, "linear_24_dx", (dy, values, meta), exact=False) is None
+        assert selftest.check(cuda, "linear_24_dvalues", (dy, x, meta), exact=False) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("M", [6, 70])
+def test_product_strides(M, dtype, execution):
+    samples = Samples(dtype, CPU)
+    N, K = 48, 128
+    x, dy, (values, meta) = (
+        samples.dense(M, K),
+        samples.dense(M, N, low=-1, high=1),
+        samples.packed(N, K),
+    )
+    packed = reference.prepack_24(values, meta)
+    wide = torch.cat([x, x], dim=1)
+    for other in [*variants(x), wide[:, :K], wide[:, 4 : 4 + K], x.expand(2, M, K), x[:0]]:
+        assert selftest.check(cuda, "linear_24", (other, values, meta, None, "none")) is None
+        assert selftest.check(cuda, "linear_24_prepacked", (other, packed, N, None, "none")) is None
+    for other in variants(values):
+        assert selftest.check(cuda, "linear_24", (x, other, meta, None, "none")) is None
+        assert selftest.check(cuda, "linear_24_dx", (dy, other, meta)) is None
+    for other in variants(dy):
+        assert selftest.check(cuda, "linear_24_dx", (other, values, meta)) is None
+        assert selftest.check(cuda, "linear_24_dvalues", (other, x, meta)) is None
+        assert selftest.check(cuda, "linear_24_dvalues", (dy, next(variants(x)), meta)) is None
+    shifted = packed.new_empty(packed.numel() + 8)[8:].copy_(packed)  # 8 bytes into its storage
+    assert selftest.check(cuda, "linear_24_prepacked", (x, shifted, N, None, "none")) is None
+
+
+def test_no_terms(execution):
+    """K = 0: the bias alone."""
+    for dtype in (torch.bfloat16, torch.float32):
+        empty = (
+            torch.empty(3, 0, dtype=dtype),
+            torch.empty(5, 0, dtype=dtype),
+            torch.empty(5, 0, dtype=torch.uint8),
+        )
+        bias = Samples(dtype, CPU).dense(5)
+        assert torch.equal(cuda.linear_24(*empty, bias), bias.expand(3, 5))
+
+
+def test_prepack_is_a_permutation(execution):
+    """Every byte of values and every nibble of meta once: from values that are their own places."""
+    for N, K in ((16, 64), (32, 320), (48, 576)):
+        values = torch.arange(N * K // 2).to(torch.int16).view(torch.float16).view(N, K // 2)
+        meta = Samples(torch.float16, CPU).packed(N, K)[1]
+        packed = cuda.prepack_24(values, meta)
+        places = packed[: values.nbytes].view(torch.int16)
+        assert torch.equal(places.sort().values, values.view(torch.int16).flatten().sort().values)
+        # Lane 4g + t of the first tile: row g, kept elements 8t .. 8t + 7; then row 8 + g.
+        assert places[: 8 * 32].view(8, 32).tolist() == (values.view(torch.int16)[:8, :32]).tolist()
+        back = cuda.unprepack_24(packed, N, K, torch.float16)
+        assert torch.equal(back[0].view(torch.int16), values.view(torch.int16))
+        assert torch.equal(back[1], meta)
 
 
 # ---- zero-value compression ----
@@ -264,7 +391,114 @@ def run_zvc():
     assert torch.equal(cuda.unpack_zvc(*reference.pack_zvc(x), [9003]), x)
 
 
+def run_products(op, shape):
+    def run():
+        cuda_machine.machine(CPU).device = shape[0]
+        _, args = next(products(torch.bfloat16, shape))
+        wrong = selftest.check(cuda, op, args)
+        assert wrong is None, wrong
+
+    return run
+
+
+many_rows = run_products(
+    "linear_24", (SMALL, 130, 130, 440)
+)  # seven tiles: the last is where y comes to lie
+few_rows = run_products("linear_24", (SMALL, 12, 64, 2176))
+
+
+def run_fma():
+    samples = Samples(torch.float32, CPU)
+    assert (
+        selftest.check(
+            cuda, "linear_24", (samples.dense(5, 36), *samples.packed(9, 36), None, "none")
+        )
+        is None
+    )
+
+
+# What of a file the tests of planted faults call.
+USED = {
+    "zvc.cu": "uint16_t",
+    "linear_24_sm80.cu": "bf16, 128, kBy4|bf16, 64, kBy16|bf16, 128, kPrepacked",
+    "linear_24_decode_sm80.cu": "bf16, 16|reduce<DType::bf16",
+    "linear_24_fma.cu": "linear_24_fma<DType::f32",
+}
+
 PLANTED = {
+    "many_rows_no_barrier": (
+        "linear_24_sm80.cu",
+        "__syncthreads();  // the tile is here, for all, and the one before it is done with",
+        "",
+        many_rows,
+    ),
+    "many_rows_early_wait": (
+        "linear_24_sm80.cu",
+        "wait_copies<kStages - 2>();",
+        "wait_copies<kStages - 1>();",
+        many_rows,
+    ),
+    "many_rows_no_barrier_at_the_end": (
+        "linear_24_sm80.cu",
+        "__syncthreads();  // the stages may be written over",
+        "",
+        many_rows,
+    ),
+    "many_rows_y_too_early": (
+        "linear_24_sm80.cu",
+        "__syncthreads();  // y is whole",
+        "",
+        many_rows,
+    ),
+    "many_rows_selector": (
+        "linear_24_sm80.cu",
+        "mma_sp<D, step>(",
+        "mma_sp<D, 0>(",
+        many_rows,
+    ),
+    "many_rows_zero_metadata": ("linear_24_sm80.cu", "kEmptyNibble * 0x11u", "0u", many_rows),
+    "many_rows_swizzle": (
+        "linear_24_sm80.cu",
+        "(c ^ (row >> 1 & 3)) * 8",
+        "(c ^ (row & 4)) * 8",
+        many_rows,
+    ),
+    "few_rows_no_barrier": (
+        "linear_24_decode_sm80.cu",
+        "__syncthreads();  // x is here, for all, and the other stage is done with",
+        "",
+        few_rows,
+    ),
+    "few_rows_no_wait": (
+        "linear_24_decode_sm80.cu",
+        "    wait_copies<0>();\n    __syncthreads();  // x is here",
+        "    __syncthreads();  // x is here",
+        few_rows,
+    ),
+    "few_rows_no_barrier_at_the_end": (
+        "linear_24_decode_sm80.cu",
+        "__syncthreads();  // the stages may be written over",
+        "",
+        few_rows,
+    ),
+    "few_rows_zero_metadata": (
+        "linear_24_decode_sm80.cu",
+        "kNoMeta = 0x44444444",
+        "kNoMeta = 0",
+        few_rows,
+    ),
+    "few_rows_selector": (
+        "linear_24_decode_sm80.cu",
+        "mma_sp<D, 1>(",
+        "mma_sp<D, 0>(",
+        few_rows,
+    ),
+    "fma_no_barrier": (
+        "linear_24_fma.cu",
+        "__syncthreads();  // and may be written over",
+        "",
+        run_fma,
+    ),
     "pack_zvc_no_barrier": ("zvc.cu", "__syncthreads();  // the stage is full", "", run_zvc),
     "unpack_zvc_no_barrier": ("zvc.cu", "__syncthreads();  // the values are here", "", run_zvc),
     "pack_zvc_no_place": ("zvc.cu", "__syncthreads();  // the tile's place is known", "", run_zvc),
@@ -281,15 +515,28 @@ PLANTED = {
 def test_planted(name):
     """Faults that the race checker, the deadlock check, poison or the answer must tell, whatever the order."""
     file, before, after, run = PLANTED[name]
-    execution = Execution(build("races", plant(name, file, before, after), Path(file).stem))
+    execution = Execution(
+        build("races", plant(name, file, before, after, USED[file]), Path(file).stem)
+    )
     with cuda_machine.instead(CPU, execution):
         for execution.schedule in SCHEDULES:
             with pytest.raises((Fault, AssertionError, ValueError)):
                 run()
 
 
+def read_rows():
+    samples = Samples(torch.bfloat16, CPU)
+    cuda.linear_24(samples.dense(70, 64), *samples.packed(127, 64))
+
+
 # Reads past the end, which only the address sanitizer sees.
 PLANTED_READS = {
+    "many_rows": (
+        "linear_24_sm80.cu",
+        "n0 + thread < a.N ? n0 + thread : a.N - 1",
+        "n0 + thread <= a.N ? n0 + thread : a.N - 1",
+        read_rows,
+    ),
     "pack_zvc": (
         "zvc.cu",
         "if (a.vectors && at + T::kEach <= a.n) {\n      x[r].load",
@@ -302,7 +549,7 @@ PLANTED_READS = {
 @pytest.mark.parametrize("name", PLANTED_READS)
 def test_planted_read(name):
     file, before, after, _ = PLANTED_READS[name]
-    folder = plant(f"read_{name}", file, before, after)
+    folder = plant(f"read_{name}", file, before, after, USED[file])
     done = under_sanitizer(
         ["-c", f"import test_cuda_kernels as t; t.run_planted_read({name!r}, {str(folder)!r})"]
     )
@@ -352,6 +599,20 @@ def test_under_the_address_sanitizer():
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-def test_every_kernel_ran(execution):
-    """Comes last: no instantiation is left out by the tests above."""
+def test_every_kernel_runs(execution, in_order):
+    """What the tests above call leaves out no instantiation."""
+    execution.launched.clear()
+    for op in cuda.SERVES:
+        for dtype in dtypes_of(op):
+            for args in Samples(dtype, CPU).of(op, quick=True):
+                assert selftest.check(cuda, op, args) is None
+    for shape in SHAPES:
+        execution.device = shape[0]
+        for dtype in (torch.float16, torch.bfloat16):
+            for op, args in products(dtype, shape):
+                getattr(cuda, op)(
+                    *selftest._in_layout_of(cuda, op, args) if "prepacked" in op else args
+                )
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.int64):
+        cuda.pack_zvc(Samples(dtype, CPU).sparse(100))
     assert set(execution.kernels()) == execution.launched

@@ -161,3 +161,184 @@ def unpack_zvc(
         _zvc_shared(itemsize),
         pack("QQQQQqqq", mask, values, offsets, x, check, n, length, x % 16 == 0),
     )
+
+
+# ---- 2:4 products ----
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Addresses and strides of ``y = activation(x · Wᵀ + bias)``; W is `values` and `meta`, or `packed`."""
+
+    M: int
+    N: int
+    K: int
+    x: int
+    x_stride: int  # elements from row to row
+    x_step: int  # from k to k
+    values: int = 0
+    meta: int = 0
+    packed: int = 0
+    bias: int = 0
+    y: int = 0
+    activation: int = 0
+
+
+def has_prepacked_layout(dtype: torch.dtype, N: int, K: int) -> bool:
+    """Whether prepacking is more than the identity."""
+    return dtype.itemsize == 2 and N % 16 == 0 and K % 64 == 0 and N > 0 and K > 0
+
+
+def takes_x_by(x: int, x_stride: int, x_step: int) -> int:
+    """The largest of 16, 8, 4 and 2 bytes in which rows of 16-bit x may be copied."""
+    if x_step != 1:
+        return 2
+    return next(size for size in (16, 8, 4, 2) if x % size == 0 and 2 * x_stride % size == 0)
+
+
+def prepack_24(back: bool, N: int, K: int, values: int, meta: int, packed: int) -> Launch:
+    """To the layout of ``linear_24.cuh``, or `back` from it."""
+    packed_meta = packed + N * K
+    fields = (packed, packed_meta, values, meta) if back else (values, meta, packed, packed_meta)
+    return Launch(
+        "prepack_24",
+        "unprepack_24" if back else "prepack_24",
+        (ceil_div(N // 16 * (K // 64) * 32, 256), 1, 1),
+        256,
+        0,
+        pack("QQQQqqq", *fields, N, K, (values | packed) % 16 == 0),
+    )
+
+
+def _linear_arguments(
+    o: Operands, vectors: int = 0, units: int = 0, splits: int = 1, partial: int = 0
+) -> bytes:
+    addresses = (o.x, o.values, o.meta, o.packed, o.bias, o.y, partial)
+    sizes = (o.x_stride, o.x_step, o.M, o.N, o.K)
+    return pack("QQQQQQQqqqqqiiii", *addresses, *sizes, o.activation, vectors, units, splits)
+
+
+# Rows of x to what a block of the decode kernel takes: tokens, groups that split its units of k.
+_DECODE = {8: 4, 16: 4, 32: 2, 64: 1}
+DECODE_ROWS = max(_DECODE)
+_UNIT = 256  # k
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How the decode kernel is cut for a shape."""
+
+    tokens: int
+    groups: int
+    units: int  # of 256 k, per split
+    splits: int
+
+    @property
+    def features(self) -> int:  # of a block
+        return 128 // self.groups
+
+
+def cut_decode(device: Device, M: int, N: int, K: int) -> Decode:
+    """The fewest splits of K that give every multiprocessor a block: each costs a write and a read of y in fp32."""
+    tokens = next(t for t in _DECODE if t >= M)
+    groups = _DECODE[tokens]
+    blocks, units = ceil_div(N, 128 // groups), ceil_div(K, _UNIT)
+    each = units
+    while each > 1 and blocks * ceil_div(units, each) < device.multiprocessors:
+        each -= 1
+    return Decode(tokens, groups, each, ceil_div(units, each))
+
+
+def takes_decode(o: Operands) -> bool:
+    """Whether the decode kernel takes these rows of 16-bit x and this weight."""
+    if o.M > DECODE_ROWS or takes_x_by(o.x, o.x_stride, o.x_step) < 8 or o.K == 0:
+        return False
+    return bool(o.packed) or (o.K % 128 == 0 and (o.values | o.meta) % 16 == 0)
+
+
+def linear_24_decode(dtype: torch.dtype, o: Operands, cut: Decode, partial: int) -> list[Launch]:
+    """`partial` is the address of fp32 ``[splits, M, N]``, where there are several."""
+    stage = 2 * cut.groups * cut.tokens * _UNIT * 2
+    sums = 8 * cut.tokens * 20 * 4
+    arguments = _linear_arguments(o, 0, cut.units, cut.splits, partial)
+    form = f"{_DTYPE[dtype]}, {cut.tokens}, {cut.groups}, {'true' if o.packed else 'false'}"
+    launches = [
+        Launch(
+            "linear_24_decode_sm80",
+            f"linear_24_decode_sm80<{form}>",
+            (ceil_div(o.N, cut.features), cut.splits, 1),
+            256,
+            ceil_div(max(stage, sums), 128) * 128,
+            arguments,
+        )
+    ]
+    if cut.splits > 1:
+        launches.append(
+            Launch(
+                "linear_24_decode_sm80",
+                f"linear_24_reduce<{_DTYPE[dtype]}>",
+                (ceil_div(o.M * o.N, 256), 1, 1),
+                256,
+                0,
+                arguments,
+            )
+        )
+    return launches
+
+
+def linear_24_many_rows(device: Device, dtype: torch.dtype, o: Operands) -> Launch:
+    """The tensor-core kernel for any M where x, by rows, may be copied by 4 bytes at least; else, and for fp32, plain
+    multiply-add."""
+    by = takes_x_by(o.x, o.x_stride, o.x_step) if dtype.itemsize == 2 else 2
+    if by < 4 or o.K == 0 or (o.packed and by < 16) or (o.values % 4):
+        grid = ceil_div(o.M, 64) * ceil_div(o.N, 64)
+        return Launch(
+            "linear_24_fma",
+            f"linear_24_fma<{_DTYPE[dtype]}>",
+            (grid, 1, 1),
+            256,
+            _FMA_SHARED,
+            _linear_arguments(o),
+        )
+    by16 = by == 16 and o.K % 16 == 0 and o.values % 16 == 0
+    access = "kPrepacked" if o.packed else "kBy16" if by16 else "kBy4"
+    blocks = ceil_div(o.M, 128) * ceil_div(o.N, 128)
+    rows = 128 if o.M > 64 and blocks >= device.multiprocessors else 64
+    vectors = (o.K % 64 == 0 and o.meta % 8 == 0) | (o.N % 8 == 0 and o.y % 16 == 0) << 1
+    stage = rows * 128 + 128 * 64 + 128 * 8
+    return Launch(
+        "linear_24_sm80",
+        f"linear_24_sm80<{_DTYPE[dtype]}, {rows}, {access}>",
+        (ceil_div(o.M, rows) * ceil_div(o.N, 128), 1, 1),
+        128,
+        3 * stage,
+        _linear_arguments(o, vectors),
+    )
+
+
+_FMA_SHARED = 64 * 65 * 4
+
+
+def linear_24_gradient(
+    op: str,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    *,
+    dy: tuple[int, int, int],
+    x: tuple[int, int, int] = (0, 0, 0),
+    values: int = 0,
+    meta: int,
+    out: int,
+) -> Launch:
+    """``linear_24_dx`` or ``linear_24_dvalues``; `dy` and `x` are address, stride and step."""
+    rows = M if op == "linear_24_dx" else N
+    return Launch(
+        "linear_24_fma",
+        f"{op}_fma<{_DTYPE[dtype]}>",
+        (ceil_div(rows, 64) * ceil_div(K, 64), 1, 1),
+        256,
+        _FMA_SHARED,
+        pack("QQQQQqqqqqqq", dy[0], x[0], values, meta, out, *dy[1:], *x[1:], M, N, K),
+    )

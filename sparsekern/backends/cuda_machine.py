@@ -35,8 +35,10 @@ def instead(device: torch.device, machine: Machine) -> Iterator[None]:
     """`machine` launches for `device` meanwhile. For tests."""
     before = _machines.get(device)
     _machines[device] = machine
-    yield
-    if before is None:
-        del _machines[device]
-    else:
-        _machines[device] = before
+    try:
+        yield
+    finally:
+        if before is None:
+            del _machines[device]
+        else:
+            _machines[device] = before

@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,13 @@ SOURCES = ROOT / "csrc" / "cuda"
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "c++")
 
-COMMON = ["-std=c++17", "-DSPARSEKERN_CUDA_ON_CPU", "-fPIC", "-fvisibility=hidden"]
+COMMON = [
+    "-std=c++17",
+    "-DSPARSEKERN_CUDA_ON_CPU",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+]
 # Tensors of 16-bit elements are read by the word; kernels declare no variables they do not use on the device.
 KERNELS = [
     "-O1",
@@ -84,8 +91,9 @@ def build(variant: str, sources: Path = SOURCES, only: str | None = None) -> Pat
     return library
 
 
-def plant(name: str, file: str, before: str, after: str) -> Path:
-    """A copy of the sources with one fault in it: `before`, which `file` must have exactly once, becomes `after`."""
+def plant(name: str, file: str, before: str, after: str, kernels: str) -> Path:
+    """A copy of the sources with one fault in it: `before`, which `file` must have exactly once, becomes `after`.
+    Of its instantiations only those are kept whose names match `kernels`, a regular expression."""
     folder = ROOT / "build" / "cuda_on_cpu" / "planted" / name / "csrc" / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
     for path in SOURCES.iterdir():
@@ -93,7 +101,12 @@ def plant(name: str, file: str, before: str, after: str) -> Path:
         if path.name == file:
             if text.count(before) != 1:
                 raise ValueError(f"{file} has {before!r} {text.count(before)} times")
-            text = text.replace(before, after)
+            lines = text.replace(before, after).splitlines(keepends=True)
+            text = "".join(
+                line
+                for line in lines
+                if not line.startswith("SPARSEKERN_KERNEL(") or re.search(kernels, line)
+            )
         (folder / path.name).write_text(text)
     (folder.parent / "cpu").mkdir(exist_ok=True)
     for path in ("csrc/layout.h", "csrc/cpu/convert.h"):
