@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsekern import backends
-from sparsekern.backends import cpu
+from sparsekern.backends import cpu, cuda_machine
 
 COMPILED = cpu.unavailable(torch.device("cpu")) is None
 ISAS = cpu.isas() if COMPILED else []
@@ -42,12 +42,22 @@ def mnist(config) -> Path:
     return config.getoption("--data") / "mnist.npz"
 
 
+def cuda_tools_missing() -> list[str]:
+    from test_cuda_compile import tool
+
+    missing = [name for name in ("nvcc", "cuobjdump") if tool(name) is None]
+    return missing + (["nvrtc"] if cuda_machine.Nvrtc.missing() else [])
+
+
 def pytest_collection_modifyitems(config, items):
     skip_cuda = pytest.mark.skip(reason="no CUDA device")
     skip_data = pytest.mark.skip(reason="no mnist.npz in the folder that --data names")
     skip_compiled = pytest.mark.skip(reason="no compiled core")
     skip_compiler = pytest.mark.skip(reason="no C++ compiler")
+    missing_tools = {n: pytest.mark.skip(reason=f"no {n}") for n in cuda_tools_missing()}
     for item in items:
+        for name in missing_tools.keys() & item.keywords.keys():
+            item.add_marker(missing_tools[name])
         if "compiled" in item.keywords and not COMPILED:
             item.add_marker(skip_compiled)
         if "compiler" in item.keywords and not shutil.which(os.environ.get("CXX", "c++")):

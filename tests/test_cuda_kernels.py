@@ -129,6 +129,7 @@ SHAPES = [
     (LARGE, 33, 160, 384),
     (SMALL, 64, 144, 256),
     (SMALL, 32, 130, 640),
+    (SMALL, 30, 144, 640),
     (LARGE, 64, 16, 896),
     (LARGE, 100, 144, 192),
     (SMALL, 130, 272, 128),
@@ -159,6 +160,34 @@ def products(dtype, device_shape, exact=True):
 def test_products(shape, dtype, schedule, execution):
     execution.device = shape[0]
     for op, args in products(dtype, shape):
+        wrong = selftest.check(cuda, op, args)
+        assert wrong is None, f"{op}: {wrong}"
+
+
+GRADIENT_SHAPES = [
+    (1, 16, 64),
+    (40, 48, 320),
+    (130, 136, 136),
+    (70, 200, 12),
+    (129, 33, 260),
+    (9, 34, 36),
+    (33, 300, 20),
+]
+
+
+def gradients(dtype, shape):
+    M, N, K = shape
+    samples = Samples(dtype, CPU)
+    x, dy = samples.dense(M, K, low=-1, high=1), samples.dense(M, N, low=-1, high=1)
+    values, meta = samples.packed(N, K)
+    yield "linear_24_dx", (dy, values, meta)
+    yield "linear_24_dvalues", (dy, x, meta)
+
+
+@pytest.mark.parametrize("shape", GRADIENT_SHAPES, ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients(shape, dtype, schedule):
+    for op, args in gradients(dtype, shape):
         wrong = selftest.check(cuda, op, args)
         assert wrong is None, f"{op}: {wrong}"
 
@@ -419,13 +448,32 @@ def run_fma():
 
 # What of a file the tests of planted faults call.
 USED = {
+    "linear_24_grad_sm80.cu": "bf16, kBy16",
     "zvc.cu": "uint16_t",
     "linear_24_sm80.cu": "bf16, 128, kBy4|bf16, 64, kBy16|bf16, 128, kPrepacked",
     "linear_24_decode_sm80.cu": "bf16, 16|reduce<DType::bf16",
     "linear_24_fma.cu": "linear_24_fma<DType::f32",
 }
 
+
+def run_gradients():
+    for op, args in gradients(torch.bfloat16, (136, 136, 136)):
+        assert selftest.check(cuda, op, args) is None
+
+
 PLANTED = {
+    "dx_no_barrier": (
+        "linear_24_grad_sm80.cu",
+        "__syncthreads();  // dy and W are here, for all, and the tile before is done with",
+        "",
+        run_gradients,
+    ),
+    "dvalues_no_barrier": (
+        "linear_24_grad_sm80.cu",
+        "__syncthreads();  // dy and x are here, for all, and the tile before is done with",
+        "",
+        run_gradients,
+    ),
     "many_rows_no_barrier": (
         "linear_24_sm80.cu",
         "__syncthreads();  // the tile is here, for all, and the one before it is done with",
@@ -599,20 +647,31 @@ def test_under_the_address_sanitizer():
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-def test_every_kernel_runs(execution, in_order):
+def test_every_kernel_runs(execution):
     """What the tests above call leaves out no instantiation."""
     execution.launched.clear()
     for op in cuda.SERVES:
         for dtype in dtypes_of(op):
             for args in Samples(dtype, CPU).of(op, quick=True):
                 assert selftest.check(cuda, op, args) is None
-    for shape in SHAPES:
-        execution.device = shape[0]
-        for dtype in (torch.float16, torch.bfloat16):
-            for op, args in products(dtype, shape):
-                getattr(cuda, op)(
-                    *selftest._in_layout_of(cuda, op, args) if "prepacked" in op else args
-                )
-    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.int64):
-        cuda.pack_zvc(Samples(dtype, CPU).sparse(100))
+    for dtype in (torch.float16, torch.bfloat16):
+        for shape in SHAPES:
+            execution.device = shape[0]
+            for op, (x, *weight) in products(dtype, shape):
+                if op == "linear_24_prepacked":
+                    form = reference.unprepack_24(weight[0], *shape[2:], dtype)
+                    weight[0] = cuda.prepack_24(*form)
+                    cuda.unprepack_24(weight[0], *shape[2:], dtype)
+                getattr(cuda, op)(x, *weight)
+        for shape in GRADIENT_SHAPES:
+            for op, args in gradients(dtype, shape):
+                getattr(cuda, op)(*args)
+        x, weight = Samples(dtype, CPU).dense(8, 6), Samples(dtype, CPU).packed(5, 8)
+        cuda.linear_24(x.mT, *weight)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.int64):
+            cuda.pack_zvc(Samples(dtype, CPU).sparse(100))
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert set(execution.kernels()) == execution.launched

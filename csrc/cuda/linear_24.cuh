@@ -36,19 +36,15 @@ struct Linear24 {
   int32_t splits;
 };
 
-template <DType D>
-struct Scalar;
-template <>
-struct Scalar<DType::f32> {
-  using Word = float;
-};
-template <>
-struct Scalar<DType::f16> {
-  using Word = uint16_t;
-};
-template <>
-struct Scalar<DType::bf16> {
-  using Word = uint16_t;
+// Of linear_24_dx and linear_24_dvalues.
+struct Gradient24 {
+  const void* dy;  // [M, N], a row every dy_stride elements, n every dy_step
+  const void* x;   // [M, K], of dvalues
+  const void* values;
+  const uint8_t* meta;
+  void* out;
+  int64_t dy_stride, dy_step, x_stride, x_step, M, N, K;
+  int64_t vectors;  // bit 0: values move by 8 bytes, bit 1: out by 16 (dvalues: 8)
 };
 
 template <DType D>

@@ -17,15 +17,6 @@
 
 namespace sparsekern::cuda {
 
-struct Gradient24 {
-  const void* dy;  // [M, N]
-  const void* x;   // [M, K], of dvalues
-  const void* values;
-  const uint8_t* meta;
-  void* out;
-  int64_t dy_stride, dy_step, x_stride, x_step, M, N, K;
-};
-
 namespace {
 
 constexpr int kThreads = 256;
@@ -84,11 +75,13 @@ __device__ __forceinline__ void multiply(Shared& s, float (&sums)[4][4], int64_t
     __syncthreads();  // the slab is here
 #pragma unroll
     for (int t = 0; t < kSlab; ++t) {
+      float a[4], b[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = s.a[t][i0 + i], b[i] = s.b[t][j0 + i];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          level[i][j] = fused_multiply_add(s.a[t][i0 + i], s.b[t][j0 + j], level[i][j]);
+        for (int j = 0; j < 4; ++j) level[i][j] = fused_multiply_add(a[i], b[j], level[i][j]);
       }
     }
     __syncthreads();  // and may be written over

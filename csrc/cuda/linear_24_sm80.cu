@@ -1,7 +1,7 @@
 // linear_24 for many rows of x, on sparse tensor cores: y[m, n] = activation(sum over k of x[m, k] W[n, k] + bias[n])
 //
 // W is the 2:4 operand A (its rows are the m of the instruction), x is B, so one accumulator tile holds
-// features down and tokens across; y is written row by row after a transpose in registers.
+// features down and tokens across; y is written row by row after a turn through shared memory.
 //
 //   block    128 features x BM tokens (128 or 64), 4 warps as 2 x 2, each 64 x BM/2, k by 64
 //   warp     4 tiles of 16 features  x  BM/16 tiles of 8 tokens, two steps of m16n8k32 a tile of k
@@ -14,8 +14,9 @@
 //   E        the uint16 number t of a row covers k = 16t .. 16t+15 of the tile, so one register made of rows g
 //            and g+8 serves selector 0 (k 0..31, lanes t = 0, 1) and selector 1 (k 32..63, t = 2, 3)
 //
-//   epilogue D tile -> bias, activation, round to 16 bits -> movmatrix (features across) -> shared
-//            y[BM][128 + 8] -> 16-byte rows to memory
+//   epilogue sums -> shared y[BM][128 + 4] in fp32, tokens down and features across -> eight features a thread:
+//            bias, activation, rounding, 16 bytes to memory. In the registers of the sums the activation would be
+//            unrolled 128 times: 230 KB of code instead of a fifth
 //
 // Prepacked weights (linear_24.cuh) come through the same stage: pieces from other places, and meta as E
 // registers in another order of nibbles, which four shifts undo.
@@ -33,7 +34,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kN = 128, kK = 64, kStages = 3;
 constexpr int kTilesN = 4;      // of 16 features, per warp
-constexpr int kPitch = kN + 8;  // elements; the pad spreads the rows of y over the banks
+constexpr int kPitch = kN + 4;  // floats; the pad spreads the tokens of a fragment over the banks
 constexpr int kGroup = 8;       // rows of tiles that go through the columns together
 
 // How global memory is read.
@@ -48,7 +49,7 @@ struct Shared {
   };
   union {
     alignas(128) Stage stage[kStages];
-    uint16_t y[kM * kPitch];
+    float y[kM * kPitch];
   };
 };
 
@@ -157,24 +158,19 @@ __device__ __forceinline__ void multiply(const Stage& s, const uint32_t (&e)[kTi
   }
 }
 
-// Sums to shared y[token][feature], finished and rounded.
-template <DType D, int kTilesM>
-__device__ __forceinline__ void finish(const Linear24& a, const float (&sums)[kTilesN][kTilesM][4],
-                                       uint16_t* y, int64_t n0, int row_n, int row_m) {
+// Sums to shared y[token][feature].
+template <int kTilesM>
+__device__ __forceinline__ void turn(const float (&sums)[kTilesN][kTilesM][4], float* y, int row_n,
+                                     int row_m) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t feature = n0 + row_n + 16 * n + 8 * half + g;
-      const float bias = a.bias && feature < a.N ? load_float<D>(a.bias, feature) : 0.0f;
+    for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        const float* d = sums[n][m] + 2 * half;
-        const uint32_t pair =
-            round_pair<D>(activate(d[0] + bias, a.activation), activate(d[1] + bias, a.activation));
-        const int at = (row_m + 8 * m + g) * kPitch + row_n + 16 * n + 8 * half + 2 * t;
-        *reinterpret_cast<uint32_t*>(y + at) = transpose_matrix(pair);
+      for (int i = 0; i < 4; ++i) {
+        const int token = row_m + 8 * m + 2 * t + i % 2, feature = row_n + 16 * n + 8 * (i / 2) + g;
+        y[token * kPitch + feature] = sums[n][m][i];
       }
     }
   }
@@ -217,18 +213,28 @@ __global__ void __launch_bounds__(kThreads, 2) linear_24_sm80(Linear24 a) {
 
   wait_copies<0>();
   __syncthreads();  // the stages may be written over
-  finish<D, kTilesM>(a, sums, s.y, n0, row_n, row_m);
+  turn<kTilesM>(sums, s.y, row_n, row_m);
   __syncthreads();  // y is whole
   for (int i = static_cast<int>(threadIdx.x); i < kM * kN / 8; i += kThreads) {
     const int row = i / (kN / 8), column = i % (kN / 8) * 8;
     const int64_t m = m0 + row, n = n0 + column;
     if (m >= a.M || n >= a.N) continue;
-    const uint16_t* from = s.y + row * kPitch + column;
-    uint16_t* to = static_cast<uint16_t*>(a.y) + m * a.N + n;
+    const float* from = s.y + row * kPitch + column;
+    float v[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float bias = a.bias && n + j < a.N ? load_float<D>(a.bias, n + j) : 0.0f;
+      v[j] = activate(from[j] + bias, a.activation);
+    }
     if (a.vectors & 2) {
-      store_global<4>(to, reinterpret_cast<const uint32_t*>(from));
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pairs[j] = round_pair<D>(v[2 * j], v[2 * j + 1]);
+      store_global<4>(static_cast<uint16_t*>(a.y) + m * a.N + n, pairs);
     } else {
-      for (int j = 0; j < 8 && n + j < a.N; ++j) to[j] = from[j];
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (n + j < a.N) store_float<D>(a.y, m * a.N + n + j, v[j]);
     }
   }
 }

@@ -157,13 +157,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t* r, const void
                : "r"(shared_address(row))
                : "memory");
 }
-// An 8 x 8 matrix of 16 bits held as above, transposed in registers.
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t a) {
-  uint32_t d;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
-  return d;
-}
-
 // ---- arithmetic ----
 
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -362,23 +355,6 @@ inline void load_matrices(uint32_t* r, const void* row) {
 inline void load_matrices_transposed(uint32_t* r, const void* row) {
   load_matrices_as<true>("ldmatrix.x4.trans", r, row);
 }
-inline uint32_t transpose_matrix(uint32_t a) {
-  struct Move {
-    uint32_t a, d;
-  } mine{a, 0};
-  on_cpu::meet(
-      "movmatrix", kWarpMask, mine, +[](Move** lanes) {
-        const auto at = [&](int row, int column) {
-          return lanes[4 * row + column / 2]->a >> 16 * (column % 2) & 0xffff;
-        };
-        for (int lane = 0; lane < 32; ++lane) {
-          const int g = lane / 4, t = lane % 4;
-          lanes[lane]->d = at(2 * t, g) | at(2 * t + 1, g) << 16;
-        }
-      });
-  return mine.d;
-}
-
 inline float bits_to_float(uint32_t bits) { return cpu::bits_to_float(bits); }
 inline uint32_t float_to_bits(float value) { return cpu::float_to_bits(value); }
 inline double bits_to_double(uint64_t bits) {

@@ -18,8 +18,8 @@
 // reads, and adds up hashes: of where tiles start, less where they end. The sum is that of [0, length)
 // exactly if tiles cover values once, in whatever order (but for a collision of a 64-bit hash).
 //
-// Lowest architecture: sm_80. Limited by: bytes, x + x * density + x / bits. Shared memory 8 KB for 16-bit
-// elements: eight blocks, 2048 threads a multiprocessor.
+// Lowest architecture: sm_80. Limited by: bytes, x + x * density + x / bits. At most 64 registers, four blocks a
+// multiprocessor: 1024 threads with 32 bytes of 16-bit x each in flight.
 #include "ptx.cuh"
 
 namespace sparsekern::cuda {

@@ -26,7 +26,7 @@ log = logging.getLogger("sparsekern")
 # Device type to back ends, the best first. Device types not named here are served by the reference.
 TABLE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("reference",),
+    "cuda": ("cuda", "reference"),
 }
 
 

@@ -239,13 +239,18 @@ class Decode:
 
 
 def cut_decode(device: Device, M: int, N: int, K: int) -> Decode:
-    """The fewest splits of K that give every multiprocessor a block: each costs a write and a read of y in fp32."""
-    tokens = next(t for t in _DECODE if t >= M)
+    """Splits of K by what they gain and cost: multiprocessors with a block, a write and a read of y in fp32 each."""
+    tokens = next(t for t in _DECODE if M <= t)
     groups = _DECODE[tokens]
     blocks, units = ceil_div(N, 128 // groups), ceil_div(K, _UNIT)
-    each = units
-    while each > 1 and blocks * ceil_div(units, each) < device.multiprocessors:
-        each -= 1
+    weight = N * K + N * K // 8
+
+    def cost(each: int) -> float:
+        splits = ceil_div(units, each)
+        partial = 8 * splits * M * N if splits > 1 else 0
+        return (weight + partial) * max(1.0, device.multiprocessors / (blocks * splits))
+
+    each = min(range(units, 0, -1), key=cost)  # of equals, the fewest splits
     return Decode(tokens, groups, each, ceil_div(units, each))
 
 
@@ -327,18 +332,64 @@ def linear_24_gradient(
     K: int,
     *,
     dy: tuple[int, int, int],
-    x: tuple[int, int, int] = (0, 0, 0),
+    x: tuple[int, int, int] = (0, 0, 1),
     values: int = 0,
     meta: int,
     out: int,
 ) -> Launch:
     """``linear_24_dx`` or ``linear_24_dvalues``; `dy` and `x` are address, stride and step."""
     rows = M if op == "linear_24_dx" else N
+    by = min(takes_x_by(*dy), takes_x_by(*x)) if dtype.itemsize == 2 else 2
+    vectors = (K % 8 == 0 and values % 8 == 0) | (K % 8 == 0 and out % 16 == 0) << 1
+    if by >= 4:
+        file, kernel, tile, block = "linear_24_grad_sm80", f"{op}_sm80", 128, 128
+        form = f"{_DTYPE[dtype]}, {'kBy16' if by == 16 else 'kBy4'}"
+        stages = (3 * 8192 + 2 * 8192) if op == "linear_24_dx" else 2 * 3 * 8192
+        shared = max(stages, 34816)
+    else:
+        file, kernel, tile, block = "linear_24_fma", f"{op}_fma", 64, 256
+        form, shared = _DTYPE[dtype], _FMA_SHARED
+    fields = (dy[0], x[0], values, meta, out, *dy[1:], *x[1:], M, N, K, vectors)
     return Launch(
-        "linear_24_fma",
-        f"{op}_fma<{_DTYPE[dtype]}>",
-        (ceil_div(rows, 64) * ceil_div(K, 64), 1, 1),
-        256,
-        _FMA_SHARED,
-        pack("QQQQQqqqqqqq", dy[0], x[0], values, meta, out, *dy[1:], *x[1:], M, N, K),
+        file,
+        f"{kernel}<{form}>",
+        (ceil_div(rows, tile) * ceil_div(K, tile), 1, 1),
+        block,
+        shared,
+        pack("QQQQQqqqqqqqq", *fields),
     )
+
+
+# ---- occupancy ----
+
+# Registers a thread may take, by the start of a kernel's name, the first that fits: what the launch bounds and the heads
+# of the files promise. tests/test_cuda_compile.py holds the compilers to it.
+REGISTERS = {
+    "prune_24_transposable<DType::f64": 128,
+    "prune_24_transposable": 64,
+    "prune_24": 40,
+    "pack_24": 40,
+    "unpack_24": 40,
+    "gather_24": 40,
+    "prepack_24": 40,
+    "unprepack_24": 40,
+    "pack_zvc": 64,
+    "unpack_zvc": 64,
+    "linear_24_fma": 128,
+    "linear_24_dx_fma": 128,
+    "linear_24_dvalues_fma": 128,
+    "linear_24_dx_sm80": 255,
+    "linear_24_dvalues_sm80": 255,
+    "linear_24_reduce": 40,
+    "linear_24_sm80": 255,
+    "linear_24_decode_sm80<DType::f16, 8,": 128,
+    "linear_24_decode_sm80<DType::f16, 16,": 128,
+    "linear_24_decode_sm80<DType::bf16, 8,": 128,
+    "linear_24_decode_sm80<DType::bf16, 16,": 128,
+    "linear_24_decode_sm80": 255,
+}
+
+
+def registers(launch: Launch) -> int:
+    """At most, of a thread."""
+    return next(n for start, n in REGISTERS.items() if launch.kernel.startswith(start))

@@ -57,6 +57,20 @@ VARIANTS = {
 SCHEDULES = range(4)  # first come, last come, in turn, by lot; further numbers are further lots
 
 
+def _runtime(flags: list[str]) -> Path:
+    """The runtime's object, shared by all builds of a variant."""
+    parts = [p.read_bytes() for p in (*sorted(HERE.glob("runtime.*")), SOURCES / "launch.h")]
+    digest = hashlib.sha256(repr((flags, COMMON, CXX, parts)).encode()).hexdigest()[:16]
+    output = ROOT / "build" / "cuda_on_cpu" / f"runtime-{digest}.o"
+    with open(output.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            fresh = output.with_suffix(".fresh.o")
+            _compile(fresh, HERE / "runtime.cpp", ["-O2", "-g1", *flags])
+            fresh.replace(output)
+    return output
+
+
 def _compile(output: Path, source: Path, flags: list[str]) -> None:
     command = [CXX, *COMMON, *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -80,11 +94,11 @@ def build(variant: str, sources: Path = SOURCES, only: str | None = None) -> Pat
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of one test run build it once
         if library.exists():
             return library
-        jobs = [(path, [*KERNELS, *kernel_flags]) for path in files]
-        jobs.append((HERE / "runtime.cpp", ["-O2", "-g1", *runtime_flags]))
+        objects = [folder / f"{path.stem}.o" for path in files]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda job: _compile(folder / f"{job[0].stem}.o", *job), jobs))
-        objects = [str(folder / f"{path.stem}.o") for path, _ in jobs]
+            runtime = pool.submit(_runtime, runtime_flags)
+            list(pool.map(_compile, objects, files, [[*KERNELS, *kernel_flags]] * len(files)))
+        objects = map(str, [*objects, runtime.result()])
         fresh = folder / "fresh.so"
         subprocess.run([CXX, "-shared", *link_flags, *objects, "-o", str(fresh)], check=True)
         fresh.replace(library)

@@ -15,7 +15,7 @@
 
 #define __global__
 #define __device__
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
 namespace cuda_on_cpu {
