@@ -13,8 +13,8 @@
 // A row of an odd number of groups ends in a thread with one group, whose byte has 4 on top; then, and
 // where an address is not aligned, elements move one by one.
 //
-// Lowest architecture: sm_80 (nothing here needs it). Limited by: bytes. At most 40 registers, six blocks a
-// multiprocessor: a vector in flight for each of 1536 threads is 24 KB, what latency times bandwidth asks for.
+// Lowest architecture: sm_80 (nothing here needs it). Limited by: bytes. At most 48 registers, five blocks a
+// multiprocessor: a vector in flight for each of 1280 threads is 20 KB, what latency times bandwidth asks for.
 #include "ptx.cuh"
 
 namespace sparsekern::cuda {

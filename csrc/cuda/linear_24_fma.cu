@@ -109,7 +109,7 @@ __device__ __forceinline__ Tile tile_of(int64_t columns) {
 }  // namespace
 
 template <DType D>
-__global__ void __launch_bounds__(kThreads) linear_24_fma(Linear24 a) {
+__global__ void __launch_bounds__(kThreads, 2) linear_24_fma(Linear24 a) {
   auto& s = shared_memory<Shared>();
   const Tile tile = tile_of(a.N);
   float sums[4][4] = {};
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) linear_24_fma(Linear24 a) {
 }
 
 template <DType D>
-__global__ void __launch_bounds__(kThreads) linear_24_dx_fma(Gradient24 a) {
+__global__ void __launch_bounds__(kThreads, 2) linear_24_dx_fma(Gradient24 a) {
   auto& s = shared_memory<Shared>();
   const Tile tile = tile_of(a.K);
   float sums[4][4] = {};
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) linear_24_dx_fma(Gradient24 a) {
 }
 
 template <DType D>
-__global__ void __launch_bounds__(kThreads) linear_24_dvalues_fma(Gradient24 a) {
+__global__ void __launch_bounds__(kThreads, 2) linear_24_dvalues_fma(Gradient24 a) {
   auto& s = shared_memory<Shared>();
   const Tile tile = tile_of(a.K);
   float sums[4][4] = {};

@@ -60,7 +60,7 @@ template <int rows, int columns, int access>
 __device__ __forceinline__ void fetch(uint16_t* to, const void* p, int64_t stride, int64_t row0,
                                       int64_t all_rows, int64_t column0, int64_t all_columns) {
   constexpr int kSize = access == kBy4 ? 4 : 16, kElements = kSize / 2, kParts = 16 / kSize;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = static_cast<int>(threadIdx.x); i < rows * columns / kElements; i += kThreads) {
     const int row = i / (columns / kElements), part = i % (columns / kElements);
     const int64_t left = all_columns - column0 - part * kElements;
