@@ -362,11 +362,11 @@ def linear_24_gradient(
 
 # ---- occupancy ----
 
-# Registers a thread may take, by the start of a kernel's name, the first that fits: what the launch bounds and the heads
-# of the files promise. tests/test_cuda_compile.py holds the compilers to it.
+# Registers a thread may take, by the start of a kernel's name, the first that fits: what the launch bounds and the
+# heads of the files promise. tests/test_cuda_compile.py holds the compilers to it.
 REGISTERS = {
     "prune_24_transposable<DType::f64": 128,
-    "prune_24_transposable": 64,
+    "prune_24_transposable": 72,
     "prune_24": 48,
     "pack_24": 48,
     "unpack_24": 48,
