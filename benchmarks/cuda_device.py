@@ -5,7 +5,8 @@
 Both sides run in the same loop, in turn, on the current stream; times are medians of CUDA events with the spread from
 the first to the third quartile. Before every call of up to 64 rows a buffer larger than the L2 is written, so that
 weights come from memory. cuBLAS is ``torch.nn.functional.linear``; cuSPARSELt, where torch has it, runs the best
-algorithm that ``torch._cslt_sparse_mm_search`` finds. Prints Markdown; nothing is written to disk. For races and stray accesses:
+algorithm that ``torch._cslt_sparse_mm_search`` finds. Prints Markdown; nothing is written to disk. For races and stray
+accesses:
 
     compute-sanitizer --tool racecheck sparsekern selftest
     compute-sanitizer --tool memcheck sparsekern selftest

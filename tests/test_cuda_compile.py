@@ -1,5 +1,5 @@
-"""What the compilers make of the CUDA sources, without a device: every kernel for every listed architecture, by nvcc and
-by NVRTC, and what must and must not be in the machine code.
+"""What the compilers make of the CUDA sources, without a device: every kernel for every listed architecture, by nvcc
+and by NVRTC, and what must and must not be in the machine code.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def test_many_rows_machine_code(architecture):
     assert len(machine_code("linear_24_sm80", architecture)) == 12
 
 
-# The upper word of the descriptor of a load as createpolicy makes it, evict first for the fraction 1.0: 0x12f00000, from
-# sm_90a on put together as (0x120 | 0xf) << 20.
+# The upper word of the descriptor of a load as createpolicy makes it, evict first for the fraction 1.0: 0x12f00000,
+# from sm_90a on put together as (0x120 | 0xf) << 20.
 EVICT_FIRST = re.compile(r"0x12f00000|UMOV UR\d+, 0x120\b")
 
 

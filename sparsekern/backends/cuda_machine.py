@@ -68,7 +68,8 @@ def unavailable(device: torch.device) -> str | None:
         return f"it serves CUDA devices, not {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < LOWEST:
-        return f"its kernels need compute capability {LOWEST[0]}.{LOWEST[1]}, {device} has {capability[0]}.{capability[1]}"
+        needs, has = (".".join(map(str, c)) for c in (LOWEST, capability))
+        return f"its kernels need compute capability {needs}, {device} has {has}"
     if _cuda is None and (reason := Nvrtc.missing()):
         return f"it was installed without nvcc and cannot compile at first use: {reason}"
     return None
