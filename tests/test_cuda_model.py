@@ -11,14 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import cuda_model
-
 from sparsekern.backends import cuda_launch
 
 DEVICE = cuda_model.h100()
 SHAPES = sorted({shape for layers in cuda_model.LAYERS.values() for shape in layers.values()})
 
 
-@pytest.mark.parametrize("N, K", SHAPES)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("prepacked", [False, True])
 def test_decode(N, K, prepacked):
     """Nearly every multiprocessor has a block; for large weights next to nothing is moved but the weight."""
@@ -34,7 +33,7 @@ def test_decode(N, K, prepacked):
             assert cost.memory == cost.least
 
 
-@pytest.mark.parametrize("N, K", SHAPES)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_many_rows(N, K):
     for M in (128, 512, 4096):
         cost = cuda_model.linear_24(DEVICE, M, N, K)
@@ -59,7 +58,7 @@ def test_cut_covers_k():
                 cut = cuda_launch.cut_decode(DEVICE, M, N, K)
                 units = -(-K // 256)
                 assert (cut.splits - 1) * cut.units < units <= cut.splits * cut.units
-                assert M <= cut.tokens
+                assert cut.tokens >= M
 
 
 def test_arguments_are_structs():

@@ -240,7 +240,7 @@ class Decode:
 
 def cut_decode(device: Device, M: int, N: int, K: int) -> Decode:
     """Splits of K by what they gain and cost: multiprocessors with a block, a write and a read of y in fp32 each."""
-    tokens = next(t for t in _DECODE if M <= t)
+    tokens = next(t for t in _DECODE if t >= M)
     groups = _DECODE[tokens]
     blocks, units = ceil_div(N, 128 // groups), ceil_div(K, _UNIT)
     weight = N * K + N * K // 8
