@@ -7,18 +7,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
-FORMATTED := $(SOURCES) $(wildcard tests/core/*.h tests/core/*.cpp)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+FORMATTED := $(SOURCES) $(wildcard tests/core/*.h tests/core/*.cpp tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 TESTS ?= tests sparsekern
 JOBS ?= 2
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize portability bench readme clean
+.PHONY: help demo test lint format sanitize portability cuda bench readme clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
-	@echo "make lint | format | sanitize | portability | bench | readme | clean"
+	@echo "make lint | format | sanitize | portability | cuda | bench | readme | clean"
 
 $(VENV)/tools: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+# The CUDA sources: every kernel executed on the CPU under several schedules, and compiled for every architecture where
+# there is nvcc. About ten minutes.
+cuda: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) --cuda-sources tests/test_cuda_kernels.py tests/test_cuda_compile.py tests/test_cuda_model.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -26,6 +26,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # an isolated build's is gone by the next
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSPARSEKERN_CUDA={os.environ.get('SPARSEKERN_CUDA', 'OFF')}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)  # a compile error is an error
@@ -36,14 +37,24 @@ class CMakeBuild(build_ext):
             fresh = target.with_suffix(".new")
             self.copy_file(str(built), str(fresh))
             fresh.replace(target)
-        else:
+        elif ext.name.endswith("_cpu"):
             print(
                 "sparsekern: no C++ compiler, installing without the compiled kernels",
                 file=sys.stderr,
             )
+        if ext.name.endswith("_cuda") and not (self.inplace or self.editable_mode):
+            self.copy_sources(target.parent / "csrc")
+
+    def copy_sources(self, to: Path) -> None:
+        """What NVRTC compiles at first use, next to the modules; in place, the source tree has it."""
+        csrc = Path(__file__).parent / "csrc"
+        for path in [csrc / "layout.h", *sorted((csrc / "cuda").iterdir())]:
+            (to / path.relative_to(csrc)).parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(path), str(to / path.relative_to(csrc)))
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
-setup(ext_modules=[Extension("sparsekern._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+modules = [Extension(f"sparsekern.{name}", sources=[]) for name in ("_cpu", "_cuda")]
+setup(ext_modules=modules, cmdclass={"build_ext": CMakeBuild})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ if not torch.cuda.is_available():
 
 import sparsekern as sk
 from sparsekern import backends
-from sparsekern.backends import cpu, triton
+from sparsekern.backends import cpu, cuda_machine, triton
 from sparsekern.offload import ActivationOffload, context
 
 COMPILED = cpu.unavailable(torch.device("cpu")) is None
@@ -44,6 +45,11 @@ def pytest_addoption(parser):
         help="compile every Triton kernel for every architecture too: ten minutes on two cores",
     )
     parser.addoption(
+        "--cuda-sources",
+        action="store_true",
+        help="execute the CUDA sources on the CPU, and compile them with what is here: make cuda",
+    )
+    parser.addoption(
         "--sanitized",
         action="store_true",
         help="insist that the compiled core in use was built with sanitizers (make sanitize)",
@@ -55,16 +61,34 @@ def pytest_configure(config):
         raise pytest.UsageError("--sanitized: the core in use was built without sanitizers")
 
 
+def cuda_tools_missing() -> list[str]:
+    from test_cuda_compile import tool
+
+    missing = [name for name in ("nvcc", "cuobjdump") if tool(name) is None]
+    return missing + (["nvrtc"] if cuda_machine.Nvrtc.missing() else [])
+
+
 def pytest_collection_modifyitems(config, items):
     skip_cuda = pytest.mark.skip(reason="no CUDA device")
     skip_compiled = pytest.mark.skip(reason="no compiled core")
     skip_triton = pytest.mark.skip(reason=f"no Triton for CPU tensors: {NO_TRITON}")
     skip_cubins = pytest.mark.skip(reason="machine code of every architecture: --cubins")
+    skip_sources = pytest.mark.skip(reason="the CUDA sources executed and compiled: make cuda")
+    skip_compiler = pytest.mark.skip(reason="no C++ compiler")
+    sources = config.getoption("--cuda-sources")
+    missing = cuda_tools_missing() if sources else []
+    missing_tools = {n: pytest.mark.skip(reason=f"no {n}") for n in missing}
     for item in items:
         if "cubins" in item.keywords and not config.getoption("--cubins"):
             item.add_marker(skip_cubins)
+        if "cuda_sources" in item.keywords and not sources:
+            item.add_marker(skip_sources)
+        for name in missing_tools.keys() & item.keywords.keys():
+            item.add_marker(missing_tools[name])
         if "compiled" in item.keywords and not COMPILED:
             item.add_marker(skip_compiled)
+        if "compiler" in item.keywords and not shutil.which(os.environ.get("CXX", "c++")):
+            item.add_marker(skip_compiler)
         if "triton" in item.keywords and NO_TRITON:
             item.add_marker(skip_triton)
         if "cuda" in item.keywords and not torch.cuda.is_available():

@@ -28,8 +28,9 @@ TABLE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference"),
 }
-# Served only where SPARSEKERN_BACKEND asks for it: on CPU tensors, Triton's interpreter.
-ON_REQUEST: dict[str, tuple[str, ...]] = {"cpu": ("triton",)}
+# Served only where SPARSEKERN_BACKEND asks for it: on CPU tensors, Triton's interpreter; on CUDA tensors, kernels that no
+# device has run yet.
+ON_REQUEST: dict[str, tuple[str, ...]] = {"cpu": ("triton",), "cuda": ("cuda",)}
 
 
 class Fallback(RuntimeError):
@@ -56,7 +57,7 @@ def order(device_type: str) -> tuple[str, ...]:
     wanted = os.environ.get("SPARSEKERN_BACKEND")
     if not wanted:
         return names
-    known = {name for row in TABLE.values() for name in row}
+    known = {name for rows in (TABLE, ON_REQUEST) for row in rows.values() for name in row}
     if wanted not in known:
         raise ValueError(
             f"SPARSEKERN_BACKEND is {wanted!r}; it takes one of {', '.join(sorted(known))}"
