@@ -28,8 +28,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference"),
 }
-# Served only where SPARSEKERN_BACKEND asks for it: on CPU tensors, Triton's interpreter; on CUDA tensors, kernels that no
-# device has run yet.
+# Served only where SPARSEKERN_BACKEND asks for it: on CPU tensors, Triton's interpreter; on CUDA tensors, kernels
+# that no device has run yet.
 ON_REQUEST: dict[str, tuple[str, ...]] = {"cpu": ("triton",), "cuda": ("cuda",)}
 
 
