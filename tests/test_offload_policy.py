@@ -299,6 +299,15 @@ def test_a_sparse_site_that_turns_dense(offloads):
     del graph
 
 
+def test_a_site_trusts_the_higher_density():
+    site = policy.Site()
+    seen = []
+    for density in (0.5, 0.1, 0.9, 0.5):
+        site.saw(density)
+        seen.append(site.density)
+    assert seen == pytest.approx([0.5, 0.3, 0.9, 0.7])
+
+
 def test_sites_are_told_apart(offloads):
     """Two tensors of one module, one of each kind, in turn."""
     offload, saver = offloads("device"), Saver()
