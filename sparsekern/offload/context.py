@@ -531,9 +531,8 @@ class ActivationOffload:
     def _conclude(self, packed: Packed, source: Tensor, nonzeros: int, wrong: int) -> bool:
         module, site = packed.site
         encoded = codec.finish(packed.begun, nonzeros, wrong)
-        if (
-            encoded is None
-        ):  # the site's memory was wrong: this tensor goes raw, the next one knows better
+        if encoded is None:
+            # The site's memory was wrong: this tensor goes raw, the next one knows better.
             site.looked = False
             if packed.begun.encoded.codec == "zvc":
                 site.saw(nonzeros / codec.bit_view(source).numel())
