@@ -471,3 +471,16 @@ def test_two_hundred_steps_take_no_more_memory(anew, backward, offloads):
         step()
     gc.collect()
     assert resident_bytes() - before < 5_000_000
+
+
+def test_the_default_cap_does_not_shrink_by_what_the_pool_keeps(monkeypatch):
+    """A context made anew every step finds the slabs of the last one in the pool, not in the system."""
+    monkeypatch.setattr("sparsekern.offload.available_bytes", lambda: 8 << 20)
+    transfer = Transfer(Immediate())
+    with context.transfers(cpu=transfer):
+        assert sk.offload_activations().stats.ledger.max_host_bytes == 6 << 20
+        block = transfer.pool.take(4 << 20)
+        used = transfer.pool.used
+        got = sk.offload_activations().stats.ledger.max_host_bytes
+        assert got == ((8 << 20) + transfer.pool.reserved - used) // 4 * 3
+        transfer.pool.give(block)

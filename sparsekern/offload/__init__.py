@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from .context import TO, ActivationOffload
+from .context import TO, ActivationOffload, spare_bytes
 from .host import available_bytes
 from .stats import ModuleStats, Stats
 
@@ -103,5 +103,6 @@ def offload_activations(
             )
     if max_host_bytes is None:
         available = available_bytes()
-        max_host_bytes = None if available is None else available // 4 * 3
+        # What earlier contexts left in the pools is available too.
+        max_host_bytes = None if available is None else (available + spare_bytes()) // 4 * 3
     return ActivationOffload(to, min_bytes, max_host_bytes, min_ratio, prefetch, keep)

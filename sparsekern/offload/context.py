@@ -644,6 +644,11 @@ def _transfer_of(device: torch.device) -> Transfer:
         return _transfers[device]
 
 
+def spare_bytes() -> int:
+    """Host memory that the pools hold and nothing is in."""
+    return sum(t.pool.reserved - t.pool.used for t in tuple(_transfers.values()))
+
+
 @contextlib.contextmanager
 def transfers(**replaced: Transfer):
     """For tests: other transfers, by device type, for contexts made inside."""
