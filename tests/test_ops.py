@@ -262,7 +262,8 @@ def test_the_backend_variable_is_checked(monkeypatch):
     assert backends.order("cpu") == ("reference",)
     monkeypatch.setenv("SPARSEKERN_BACKEND", "abacus")
     with pytest.raises(
-        ValueError, match="SPARSEKERN_BACKEND is 'abacus'; it takes one of cpu, reference, triton"
+        ValueError,
+        match="SPARSEKERN_BACKEND is 'abacus'; it takes one of cpu, cuda, reference, triton",
     ):
         backends.order("cpu")
 
