@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import pruning
 from .nn import SparseLinear, sparsify_
 from .offload import offload_activations
 from .ops import (
@@ -34,6 +35,7 @@ __all__ = [
     "prepack_24",
     "prune_24",
     "prune_24_transposable",
+    "pruning",
     "sparsify_",
     "unpack_24",
     "unpack_zvc",
