@@ -189,7 +189,12 @@ def test_masks_are_in_the_state_dict_and_in_copies():
         for a, b in zip(pruning.masks(copied), pruning.masks(model), strict=True):
             assert (a.name, a.parameter) == (b.name, b.parameter)
             assert torch.equal(a.mask, b.mask)
-    # A copy is a copy.
+    # A copy is a copy, although torch gives both the class that has the property.
+    second = copy.deepcopy(model)
+    pruning.hold(second[0], torch.zeros(32, dtype=torch.bool), "bias")
+    assert not second[0].bias.any()
+    pruning.finalize(second)
+    assert torch.equal(copied(x), model(x))
     pruning.hold(other[0], torch.zeros(32, 16, dtype=torch.bool))
     assert pruning.mask_of(model[0]).mask.any()
 

@@ -68,7 +68,19 @@ def hold(module: nn.Module, mask: Tensor, name: str = "weight") -> None:
     if held is not None:
         held.mask = mask
     else:
+        _own_class(module)
         parametrize.register_parametrization(module, name, Mask(mask))
+
+
+def _own_class(module: nn.Module) -> None:
+    """A parametrized module's class, which has the property, is its deepcopies' too: give it one of its own.
+
+    Otherwise what torch adds to the class or takes from it for one of them breaks the others.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        names = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, names)
 
 
 def mask_of(module: nn.Module, name: str = "weight") -> Mask | None:
@@ -108,6 +120,7 @@ def finalize(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"finalize: {held.name} has other parametrizations than its mask; remove those first"
             )
+        _own_class(held.module)
         parametrize.remove_parametrizations(held.module, held.parameter)
     return model
 
