@@ -357,3 +357,298 @@ def offload_report(
     else:
         report.show(found, console)
     raise typer.Exit(0 if found.identical or not found.reproducible else 1)
+
+
+def _bench_options(
+    suites: tuple[str, ...],
+    shapes: str,
+    tokens: str,
+    dtype: str,
+    device: str,
+    threads: str,
+    against: str,
+    minutes: float,
+    rounds: int,
+    check: bool,
+    quick: bool,
+    seed: int,
+):
+    """The options of `bench` and `tune`, checked."""
+    import torch
+
+    from .bench import session
+    from .bench.formats import CONVERSION
+    from .bench.linear import PEERS
+    from .bench.offload import TORCH
+    from .bench.shapes import parse
+    from .bench.zvc import CODECS
+
+    def numbers(name: str, text: str) -> list[int]:
+        found = text.split(",")
+        if not all(n.isdecimal() and 1 <= int(n) <= 1 << 20 for n in found):
+            raise ValueError(f"{name} is {text!r}; it takes numbers from 1 on, as in 1,16,256")
+        return [int(n) for n in found]
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {device}, and torch finds no CUDA device")
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {device}; it takes auto, cpu, cuda, cuda:1, ...")
+    dtypes = tuple(dtype.split(","))
+    if unknown := [d for d in dtypes if d not in session.DTYPES]:
+        raise ValueError(f"--dtype has {unknown[0]!r}; it takes {', '.join(session.DTYPES)}")
+    peers = (*PEERS, CONVERSION, *CODECS, TORCH)
+    wanted = None if against == "all" else () if against == "none" else tuple(against.split(","))
+    if unknown := [p for p in wanted or () if p not in peers]:
+        raise ValueError(
+            f"--against has {unknown[0]!r}; it takes all, none or some of {', '.join(peers)}"
+        )
+    return session.Options(
+        suites=suites,
+        shapes=tuple(parse(shapes.split(","), numbers("--tokens", tokens))),
+        dtypes=dtypes,
+        device=where,
+        threads=tuple(numbers("--threads", threads or str(torch.get_num_threads()))),
+        against=wanted,
+        rounds=rounds,
+        minutes=minutes,
+        check=check,
+        quick=quick,
+        seed=seed,
+    )
+
+
+class _CaseProgress:
+    """Which case is being measured, on standard error: a bar on a terminal, a line per case elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.completed}/{task.total} {task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._plain = not console.is_terminal
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> _CaseProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=label)
+        if self._plain:
+            typer.echo(f"{done}/{total} {label}", err=True)
+
+
+_Shapes = Annotated[
+    str,
+    typer.Option(
+        help="Layers, with commas between: MxNxK, a model (llama3-8b, qwen2.5-7b, bert) or one of its layers as in "
+        "bert/up. The default is small enough for a laptop.",
+    ),
+]
+_Tokens = Annotated[
+    str, typer.Option(help="Numbers of tokens M at which a model's layers are measured.")
+]
+_Dtypes = Annotated[str, typer.Option(help="fp32, bf16, fp16, with commas between.")]
+_Where = Annotated[
+    str, typer.Option(help="auto takes CUDA where there is one; cpu, cuda, cuda:1, ...")
+]
+_Threads = Annotated[
+    str,
+    typer.Option(
+        help="Numbers of threads, with commas between. Default: torch's.", show_default=False
+    ),
+]
+_Minutes = Annotated[
+    float, typer.Option(min=0.05, help="Of measuring, about; shared out among the cases.")
+]
+_Rounds = Annotated[int, typer.Option(min=1, help="Rounds per case at most.")]
+
+
+@app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(help="linear_24, pack_24, zvc, offload or all.", show_default="all"),
+    ] = None,
+    shapes: _Shapes = "1x4096x4096,16x4096x4096,256x4096x4096,16x3072x768,512x3072x768",
+    tokens: _Tokens = "1,16,256",
+    dtype: _Dtypes = "fp32,bf16",
+    device: _Where = "auto",
+    threads: _Threads = "",
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Peers beside the baseline: all that are here, none, or names with commas between, as csr,lz4."
+        ),
+    ] = "all",
+    minutes: _Minutes = 8.0,
+    rounds: _Rounds = 15,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Check each result, products against float64; what is wrong fails the run.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Seed of the data.")] = 0,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write everything measured to this file.")
+    ] = None,
+    as_csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write a line per row and peer.")
+    ] = None,
+    as_markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the tables as Markdown.")
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", help="Draw roofline and speed-up over M (.png, .svg); needs matplotlib."
+        ),
+    ] = None,
+    then: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            help="A --json file of an earlier run: what became faster or slower, beyond the spread.",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,
+) -> None:
+    """Measure our ops beside what else there is on this machine. Losses are printed as plainly as wins.
+
+    Every row: median and spread, GB/s or TFLOP/s, share of ceilings measured in the same run, ratio to each peer that
+    is here. Ctrl-C keeps what was measured. Exit code 1 where --check finds a wrong result or a case failed.
+    """
+    import shlex
+    import sys
+
+    from . import bench as benchmark
+    from .bench import compare, report
+    from .bench.results import Results
+
+    suites = suites or ["all"]
+    if unknown := [s for s in suites if s not in (*benchmark.SUITES, "all")]:
+        _refuse(f"{unknown[0]!r} is no suite; it takes {', '.join(benchmark.SUITES)} or all")
+    suites = list(benchmark.SUITES) if "all" in suites else list(dict.fromkeys(suites))
+    try:
+        options = _bench_options(
+            tuple(suites),
+            shapes,
+            tokens,
+            dtype,
+            device,
+            threads,
+            against,
+            minutes,
+            rounds,
+            check,
+            quick,
+            seed,
+        )
+        old = Results.read(then) if then else None
+        for path in (as_json, as_csv, as_markdown, picture):
+            if path and not path.parent.is_dir():
+                raise ValueError(f"{path}: there is no such folder")
+        if picture:
+            if "linear_24" not in suites:
+                raise ValueError("--plot draws products: add linear_24")
+            from .bench.plot import plot
+    except ImportError as error:
+        _refuse(f"--plot needs matplotlib ({error}): pip install 'sparsekern[bench]'")
+    except (ValueError, RuntimeError) as error:
+        _refuse(error)
+
+    with _CaseProgress() as progress:
+        results = benchmark.run(
+            options, shlex.join(["sparsekern", *sys.argv[1:]]), progress=progress
+        )
+    console = _console()
+    report.show(results, console)
+    if old:
+        report.show_changes(*compare.compare(old, results), console)
+    for path, text in (
+        (as_json, results.to_json),
+        (as_csv, results.to_csv),
+        (as_markdown, lambda: report.markdown(results)),
+    ):
+        if path:
+            path.write_text(text())
+    if picture and any(row.suite == "linear_24" for row in results.rows):
+        plot(results, picture)
+    raise typer.Exit(1 if results.wrong or results.failed else 130 if results.interrupted else 0)
+
+
+@app.command()
+def tune(
+    shapes: Annotated[
+        str,
+        typer.Argument(
+            help="Layers, with commas between: a model (llama3-8b, qwen2.5-7b, bert), bert/up, or MxNxK."
+        ),
+    ],
+    tokens: _Tokens = "1,4,16,64,256,1024,2048",
+    dtype: _Dtypes = "fp32,bf16",
+    device: _Where = "auto",
+    threads: _Threads = "",
+    minutes: _Minutes = 5.0,
+    rounds: _Rounds = 9,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The table to add to. Default: the one that SparseLinear reads.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,
+) -> None:
+    """Teach SparseLinear, for this device, from how many tokens on expanding the weight beats the packed product.
+
+    Measures both and torch's dense product, interleaved, and writes what it found to a small table that every process
+    reads. SparseLinear.explain(M) tells what a layer does.
+    """
+    from . import choices
+    from .bench import clock, session
+    from .bench import tune as tuning
+    from .bench.results import Results
+
+    try:
+        options = _bench_options(
+            (), shapes, tokens, dtype, device, threads, "none", minutes, rounds, False, quick, 0
+        )
+    except (ValueError, RuntimeError) as error:
+        _refuse(error)
+    results = Results(session.machine(options.device), "")
+    cache = 1 << 12 if quick else session.cache_bytes()
+    work = session.Session(options, clock.Clock(options.device), results, cache)
+    cases = len(options.shapes) * len(options.dtypes) * len(work.each_threads())
+    budget = clock.Budget(rounds, min(4.0, minutes * 60 / cases / 2))
+    with _CaseProgress() as progress:
+        tuned = tuning.tune(work, budget, progress)
+    if not tuned:
+        raise typer.Exit(130)
+    console = _console()
+    console.width = max(console.width, 110)
+    console.print(tuning.table(tuned))
+    slower = sum(t.slower_than_dense for t in tuned)
+    console.print(
+        f"{slower} of {len(tuned)} are slower than torch's dense product beyond the spread, even so."
+    )
+    try:
+        path = choices.write(tuning.table_of(work, tuned), out)
+    except OSError as error:
+        _refuse(f"the table cannot be written: {error}")
+    console.print(f"written to {path}", soft_wrap=True)

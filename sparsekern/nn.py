@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import ops
+from . import choices, ops
 
 _ops = torch.ops.sparsekern
 # Looked up once: an overload costs a microsecond less per call than its name.
@@ -290,6 +290,8 @@ class SparseLinear(nn.Module):
                     f"SparseLinear: input has shape {tuple(x.shape)}; it takes [..., {self.in_features}]"
                 )
             x = F.pad(x, (0, -self.in_features % 4))
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._expands(x):
+            return F.linear(x, _ops.unpack_24(*self._canonical()), self.bias)
         if not self.prepacked:
             return _linear_24(x, self.values, self._buffers["meta"], self.bias)
         packed, device = self._buffers["packed"], x.device.type
@@ -298,6 +300,39 @@ class SparseLinear(nn.Module):
         # Autocast cannot change the dtype of an opaque layout: compute in it, hand on what was asked for.
         y = _linear_24_prepacked(x.to(self._dtype), packed, self.out_features, self.bias)
         return y if y.dtype is torch.float64 else y.to(torch.get_autocast_dtype(device))
+
+    def _measured(self) -> dict[int, float]:
+        """What `sparsekern tune` found for this layer: see choices.measured."""
+        weight = self._buffers["packed"] if self.prepacked else self._buffers["meta"]
+        if weight.device.type not in ("cpu", "cuda"):
+            return {}
+        op = "linear_24_prepacked" if self.prepacked else "linear_24"
+        dtype = self._dtype if self.prepacked else self.values.dtype
+        K = _padded(self.in_features)
+        return choices.measured(op, self.out_features, K, dtype, weight.device)
+
+    def _expands(self, x: Tensor) -> bool:
+        measured = self._measured()
+        if not measured:
+            return False
+        return measured.get(choices.bucket(x.shape[:-1].numel()), 0.0) >= choices.WORTH
+
+    def explain(self, M: int) -> str:
+        """What :meth:`forward` does for an input of `M` tokens in inference, and why.
+
+        >>> print(SparseLinear(64, 64).explain(16))
+        M = 16: linear_24, the packed product; expanding was not measured here (sparsekern tune 16x64x64)
+        """
+        op = "linear_24_prepacked" if self.prepacked else "linear_24"
+        ratio = self._measured().get(choices.bucket(M))
+        if ratio is None:
+            K = _padded(self.in_features)
+            how = f"sparsekern tune {M}x{self.out_features}x{K}"
+            return f"M = {M}: {op}, the packed product; expanding was not measured here ({how})"
+        words = f"around M = {choices.bucket(M)} expanding was measured {ratio:.2f} times as fast as the packed product"
+        if ratio >= choices.WORTH:
+            return f"M = {M}: the weight is expanded for a dense product: {words}"
+        return f"M = {M}: {op}, the packed product: {words}, worth it from {choices.WORTH} on"
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}"

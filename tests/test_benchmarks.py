@@ -102,7 +102,7 @@ def test_markdown_tables_are_well_formed(run):
 
 
 def spread(report, value):
-    return report.Spread(value, value, value)
+    return report.Spread.of([value])
 
 
 def test_verdicts(report):

@@ -29,9 +29,10 @@ from rich.progress import (
 )
 
 from sparsekern.backends import cpu
+from sparsekern.bench.clock import Budget
 
 from . import formats, linear, machine, report, zvc
-from .timing import DTYPES, Budget, Cell
+from .timing import DTYPES, Cell
 
 RESULTS = Path(__file__).parents[1] / "results"
 SECTIONS = {

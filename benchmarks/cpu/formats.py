@@ -13,9 +13,11 @@ from torch.sparse._semi_structured_conversions import (
 import sparsekern as sk
 from sparsekern import reference
 from sparsekern.backends import cpu
+from sparsekern.bench.clock import Sides
+from sparsekern.bench.session import reused_memory
 
 from .linear import Weights, weights
-from .timing import Cell, Row, Sides, can_reuse_memory, interleave, reused_memory, setting
+from .timing import Cell, Row, can_reuse_memory, interleave, setting
 
 ops = torch.ops.sparsekern
 

@@ -11,21 +11,10 @@ import torch.nn.functional as F
 
 import sparsekern as sk
 from sparsekern.backends import cpu
+from sparsekern.bench.clock import Budget, Sides, copies, ratio_of
+from sparsekern.bench.session import error_ratio, some_rows
 
-from .timing import (
-    DTYPES,
-    IDENTITY,
-    Budget,
-    Cell,
-    Row,
-    Sides,
-    copies,
-    error_ratio,
-    interleave,
-    ratio_of,
-    setting,
-    some_rows,
-)
+from .timing import DTYPES, IDENTITY, Cell, Row, interleave, setting
 
 ops = torch.ops.sparsekern
 
@@ -40,6 +29,10 @@ QUICK_SHAPES = [(1, 64, 64), (16, 64, 64)]
 
 # What torch's dense product reaches on a server core, in GFLOP/s: only so that the progress bar can foretell.
 _GUESS = {"fp32": 110, "bf16": 400, "fp16": 32}
+
+
+def _some_rows(n: int) -> torch.Tensor:
+    return some_rows(n, torch.device("cpu"))
 
 
 class Weights:
@@ -151,7 +144,7 @@ def _linear(section, M, N, K, dtype, threads, tier, budget: Budget, cache_bytes)
 
 
 def _linear_errors(x: torch.Tensor, w: Weights, ours: Sides) -> dict[str, float]:
-    pruned, rows = sk.unpack_24(*w.packed[0]), some_rows(len(x))
+    pruned, rows = sk.unpack_24(*w.packed[0]), _some_rows(len(x))
     exact = x[rows].double() @ pruned.double().T
     dense = F.linear(x, pruned)[rows]
     return {name: error_ratio(call(0)[rows], dense, exact) for name, call in ours.items()}
@@ -247,7 +240,7 @@ def backward_cells(options, cache_bytes: int) -> Iterator[Cell]:
 
 def _dx(M, N, K, dtype, threads, budget: Budget, cache_bytes) -> list[Row]:
     w = weights(N, K, dtype, cache_bytes, cpu.isa())
-    dy, rows = torch.randn(M, N).to(DTYPES[dtype]), some_rows(M)
+    dy, rows = torch.randn(M, N).to(DTYPES[dtype]), _some_rows(M)
     pruned = sk.unpack_24(*w.packed[0])
     row = Row("backward", "linear_24_dx", dtype, _case(M, N, K), threads, cpu.isa(), "dy @ W")
     with setting(threads, cpu.isa()):
@@ -270,7 +263,7 @@ def _dx(M, N, K, dtype, threads, budget: Budget, cache_bytes) -> list[Row]:
 def _dvalues(M, N, K, dtype, threads, budget: Budget, cache_bytes) -> list[Row]:
     w = weights(N, K, dtype, cache_bytes, cpu.isa())
     dy, x = torch.randn(M, N).to(DTYPES[dtype]), torch.randn(M, K).to(DTYPES[dtype])
-    meta, rows = w.packed[0][1], some_rows(N)
+    meta, rows = w.packed[0][1], _some_rows(N)
     row = Row("backward", "linear_24_dvalues", dtype, _case(M, N, K), threads, cpu.isa(), "dyᵀ @ x")
     with setting(threads, cpu.isa()):
         exact = dy[:, rows].double().T @ x.double()

@@ -16,9 +16,10 @@ import torch
 
 import sparsekern as sk
 from sparsekern.backends import cpu
+from sparsekern.bench.clock import Budget
 from sparsekern.info import cpu_name
 
-from .timing import Budget, interleave
+from .timing import interleave
 
 CPU0 = Path("/sys/devices/system/cpu/cpu0")
 UNKNOWN_CACHE_BYTES = 64 << 20

@@ -11,7 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from .timing import IDENTITY, Row, Spread
+from sparsekern.bench.clock import Spread
+
+from .timing import IDENTITY, Row
 
 # (must, stretch) of the ratio, the same on one and two threads. Products by (op, dtype, M, N, K); linear_24_prepacked
 # has to reach what linear_24 has to where it has no line of its own.
@@ -297,8 +299,8 @@ def _formats(results: Results) -> Table:
     for row in (r for r in results.rows if r.section == "formats"):
         share = "–"
         if row.baseline_bytes:
-            s = row.ratio.times(row.bytes / row.baseline_bytes)
-            share = f"{s.median:.0%} [{s.p10:.0%}, {s.p90:.0%}]"
+            factor, s = row.bytes / row.baseline_bytes, row.ratio
+            share = f"{s.median * factor:.0%} [{s.p10 * factor:.0%}, {s.p90 * factor:.0%}]"
         table.rows.append(
             [
                 f"`{row.op}`",

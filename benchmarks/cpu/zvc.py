@@ -13,19 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from sparsekern.backends import cpu
+from sparsekern.bench.clock import Budget, Sides, copies, ratio_of
+from sparsekern.bench.session import reused_memory
 
-from .timing import (
-    Budget,
-    Cell,
-    Row,
-    Sides,
-    can_reuse_memory,
-    copies,
-    interleave,
-    ratio_of,
-    reused_memory,
-    setting,
-)
+from .timing import Cell, Row, can_reuse_memory, interleave, setting
 
 ops = torch.ops.sparsekern
 

@@ -10,15 +10,11 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern import backends
+from sparsekern.bench.session import error_ratio
+from sparsekern.bench.shapes import MODELS
 
-from ..cpu.timing import error_ratio
 from .timing import Clock, captured, rows
 
-# (N, K) of the layers: attention's projections fused, feed-forward up fused with its gate.
-LAYERS = {
-    "llama3-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
-    "qwen2.5-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
-}
 DECODE = (1, 8, 16, 32, 64)
 LARGE = ((4096, 4096, 4096), (8192, 8192, 8192), (4096, 28672, 4096))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -61,8 +57,8 @@ def semi_structured(weight: Tensor) -> Iterator[tuple[str, object]]:
 def measure(device: torch.device, seconds: float, quick: bool) -> dict:
     """Rows of every case, and what was missing."""
     clock = Clock(device, 1 << 20 if quick else 256 << 20)
-    cases = [("bf16", m, *nk, True) for nk in LAYERS["llama3-8b"] for m in DECODE]
-    cases += [("bf16", m, *nk, True) for nk in LAYERS["qwen2.5-7b"] for m in (1, 16, 64)]
+    cases = [("bf16", m, *nk, True) for nk in MODELS["llama3-8b"].values() for m in DECODE]
+    cases += [("bf16", m, *nk, True) for nk in MODELS["qwen2.5-7b"].values() for m in (1, 16, 64)]
     cases += [("bf16", *shape, False) for shape in LARGE]
     cases += [("fp16", 16, 4096, 14336, True), ("fp32", 16, 4096, 14336, True)]
     if quick:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..cpu.timing import Spread, ratio_of
+from sparsekern.bench.clock import Spread, ratio_of
 
 Sides = dict[str, Callable[[], object]]
 FLUSH_BYTES = 256 << 20  # at the least
