@@ -92,7 +92,7 @@ def read(shape: Tensor, compressed: Tensor, bitmask: Tensor) -> Packed | Tensor:
     if K % 4 == 0 and bool((nibbles := _nibbles(bitmask, K)).all()):
         return Packed(compressed, nibbles_to_meta(nibbles), K)
     kept = _bits(bitmask)[:, :K]
-    content = compressed.contiguous().view(torch.uint8).view(-1, compressed.element_size())
+    content = compressed.flatten().view(torch.uint8).view(-1, compressed.element_size())
     dense = content.new_zeros(N, K, compressed.element_size())
     dense[kept] = content
     return dense.view(N, K * compressed.element_size()).view(compressed.dtype)
