@@ -17,18 +17,20 @@ Source: compressed-tensors 0.12.2, ``compressors/sparse_compressors/sparse_24_bi
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-from .packed import DTYPES, Packed, check, nibbles_to_meta
+from .packed import DTYPES, Packed, check
 
-_NIBBLES = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8)
-_HALVES = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
-# A nibble of one kind to its like of the other; 0, which is neither, for what is not legal.
-_TO_HALF = torch.zeros(16, dtype=torch.uint8)
-_TO_HALF[_NIBBLES.long()] = _HALVES
-_TO_NIBBLE = torch.zeros(16, dtype=torch.uint8)
-_TO_NIBBLE[_HALVES.long()] = _NIBBLES
+# Of one group, a nibble of theirs to one of ours.
+_NIBBLES = {3: 4, 5: 8, 6: 9, 9: 12, 10: 13, 12: 14}
+# Of two groups a byte, each way; 0, which is neither, for what is not legal.
+_TO_BITMASK, _TO_META = torch.zeros(2, 256, dtype=torch.uint8)
+for (_low, _m), (_high, _n) in itertools.product(_NIBBLES.items(), repeat=2):
+    _TO_META[_low | _high << 4] = _m | _n << 4
+    _TO_BITMASK[_m | _n << 4] = _low | _high << 4
 
 
 def to_bitmask(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,8 +52,7 @@ def to_bitmask(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     check(values, meta)
     N, K = values.shape[0], 2 * values.shape[1]
-    to_half = _TO_HALF.to(meta.device)
-    bitmask = to_half[(meta & 15).long()] | to_half[(meta >> 4).long()] << 4
+    bitmask = _TO_BITMASK.to(meta.device)[meta.long()]
     if K % 8:
         bitmask[:, -1] &= 15  # past the last column nothing is kept
     return torch.tensor([[N], [K]]), values, bitmask
@@ -73,13 +74,14 @@ def from_bitmask(shape: Tensor, compressed: Tensor, bitmask: Tensor) -> tuple[Te
         raise ValueError(
             f"from_bitmask: shape is {(N, K)}; a packed weight takes columns in multiples of 4"
         )
-    nibbles = _nibbles(bitmask, K)
-    if not bool(nibbles.all()):
-        row, group = (nibbles == 0).nonzero()[0].tolist()
+    meta = _meta(bitmask, K)
+    if not bool(meta.all()):
+        row, byte = (meta == 0).nonzero()[0].tolist()
+        group = 2 * byte + (int(bitmask[row, byte]) & 15 in _NIBBLES)
         raise ValueError(
             f"from_bitmask: bitmask row {row}, group {group} does not keep exactly two of four"
         )
-    return compressed, nibbles_to_meta(nibbles)
+    return compressed, meta
 
 
 def read(shape: Tensor, compressed: Tensor, bitmask: Tensor) -> Packed | Tensor:
@@ -89,19 +91,25 @@ def read(shape: Tensor, compressed: Tensor, bitmask: Tensor) -> Packed | Tensor:
     4 they reach over the end of a row.
     """
     N, K = _check(shape, compressed, bitmask)
-    if K % 4 == 0 and bool((nibbles := _nibbles(bitmask, K)).all()):
-        return Packed(compressed, nibbles_to_meta(nibbles), K)
+    if K % 4 == 0 and bool((meta := _meta(bitmask, K)).all()):
+        return Packed(compressed, meta, K)
     kept = _bits(bitmask)[:, :K]
+    if (count := int(kept.sum())) != compressed.numel():
+        raise ValueError(
+            f"from_bitmask: bitmask keeps {count} elements, compressed has {compressed.numel()}"
+        )
     content = compressed.flatten().view(torch.uint8).view(-1, compressed.element_size())
     dense = content.new_zeros(N, K, compressed.element_size())
     dense[kept] = content
     return dense.view(N, K * compressed.element_size()).view(compressed.dtype)
 
 
-def _nibbles(bitmask: Tensor, K: int) -> Tensor:
-    """Our nibbles ``[N, K/4]``, 0 where a group does not keep two."""
-    halves = torch.stack([bitmask & 15, bitmask >> 4], dim=-1).flatten(1)[:, : K // 4]
-    return _TO_NIBBLE.to(bitmask.device)[halves.long()]
+def _meta(bitmask: Tensor, K: int) -> Tensor:
+    """meta, with a byte of 0 where one of its two groups does not keep two."""
+    if K % 8:
+        bitmask = bitmask.clone()
+        bitmask[:, -1] |= 0x30  # becomes the 4 after an odd last group
+    return _TO_META.to(bitmask.device)[bitmask.long()]
 
 
 def _bits(bitmask: Tensor) -> Tensor:
@@ -131,11 +139,6 @@ def _check(shape: Tensor, compressed: Tensor, bitmask: Tensor) -> tuple[int, int
             f"from_bitmask: compressed has shape {tuple(compressed.shape)}, shape says {(N, K)}: that takes two "
             "dimensions and half the columns"
         )
-    kept = _bits(bitmask)
-    if bool(kept[:, K:].any()):
+    if K % 8 and bool((bitmask[:, -1] >> (K % 8)).any()):
         raise ValueError(f"from_bitmask: bitmask keeps something past column {K}")
-    if (count := int(kept.sum())) != compressed.numel():
-        raise ValueError(
-            f"from_bitmask: bitmask keeps {count} elements, compressed has {compressed.numel()}"
-        )
     return N, K

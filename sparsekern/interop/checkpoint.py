@@ -89,7 +89,9 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict]:
         index = json.loads(path.read_text("utf-8"))
         weight_map = index.pop("weight_map")
         # Files of the same folder only: an index is no way to any other.
-        sound = all(isinstance(f, str) and Path(f).name == f for f in weight_map.values())
+        sound = bool(weight_map) and all(
+            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
+        )
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no index of safetensors: {error!r}") from None
     if not sound:

@@ -220,9 +220,8 @@ class Writer:
             self._file.write(chunk)
 
     def _place(self, name: str, spec: Spec) -> None:
-        planned = self._missing.pop(name)
-        if spec != planned:
-            raise ValueError(f"{name} has become {spec} since it was {planned}: the source changes")
+        if self._missing.pop(name, None) != spec:
+            raise ValueError(f"{name} of {spec} was not announced so: the source changes")
         self._file.seek(self._data + self._begin[name])
 
     def __enter__(self) -> Writer:

@@ -284,6 +284,8 @@ class _Run:
                 self._step([name], name)
             for layer in self.rewritten[file]:
                 _, tensors = self._convert(layer)
+                if tensors is None:
+                    raise ValueError(f"{layer.weight} is not 2:4 any more: the source changes")
                 for name, t in tensors.items():
                     writer.write(name, t)
                 self._step(layer.tensors, layer.name)
