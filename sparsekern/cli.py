@@ -518,6 +518,6 @@ def _show_converted(report: ConvertReport, target: Path, console: Console) -> No
     )
     if report.left_out:
         console.print(f"Not copied: {escape(', '.join(report.left_out))}.", soft_wrap=True)
-    if report.quantization_config is not None and not target.is_dir():
+    if report.quantization_config is not None and not report.config_written:
         text = json.dumps({"quantization_config": report.quantization_config})
         console.print(f"The model's config.json needs: {escape(text)}", soft_wrap=True)

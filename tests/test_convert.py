@@ -95,6 +95,20 @@ def test_the_container_against_the_library_both_ways(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
+def test_a_file_of_nothing_and_a_dtype_that_torch_has_not_are_copied(tmp_path):
+    for i, content in enumerate(
+        [container_bytes({}), container_bytes({"a.weight": entry("F4", (1, 2), (0, 1))}, b"7")]
+    ):
+        (tmp_path / f"{i}").write_bytes(content)
+        interop.convert(tmp_path / f"{i}", tmp_path / f"{i}-copy", "sparsekern")
+    assert load(tmp_path / "0-copy") == {}
+    reader = Reader(tmp_path / "1-copy")
+    assert reader.specs == {"a.weight": Spec("F4", (1, 2))}
+    assert list(reader.chunks("a.weight")) == [b"7"]
+    with pytest.raises(ValueError, match="which torch has not"):
+        reader.tensor("a.weight")
+
+
 def test_a_writer_insists_on_what_was_announced(tmp_path):
     with (
         pytest.raises(ValueError, match="a were announced and not written"),
@@ -431,6 +445,20 @@ def test_a_sharded_directory_with_a_layer_over_two_files(tmp_path):
     assert got == report.quantization_config
     assert got["sparsity_config"]["format"] == "sparse-24-bitmask"
     assert got["sparsity_config"]["targets"] == ["a"]
+
+
+def test_a_filter_leaves_the_configuration_true(tmp_path):
+    tensors = {f"{name}.weight": sparse_weight(4, 8) for name in "ab"}
+    (tmp_path / "src").mkdir()
+    save_file(tensors, tmp_path / "src" / "model.safetensors")
+    (tmp_path / "src" / "config.json").write_text("{}")
+    interop.convert(tmp_path / "src", tmp_path / "bits", "sparse-24-bitmask")
+    for to, expected in (("dense", ["b"]), ("sparse-24-bitmask", ["a", "b"])):
+        interop.convert(
+            tmp_path / "bits", tmp_path / to, to, select=lambda name: name == "a.weight"
+        )
+        got = json.loads((tmp_path / to / "config.json").read_text())["quantization_config"]
+        assert sorted(got["sparsity_config"]["targets"]) == expected
 
 
 def test_a_quantised_model_keeps_its_quantisation(tmp_path):
@@ -818,6 +846,10 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, arguments, messa
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert message in result.stderr
+
+
+def test_the_help_names_the_command():
+    assert "convert" in runner.invoke(app, ["--help"]).output
 
 
 def test_a_format_that_is_none_is_refused(tmp_path):

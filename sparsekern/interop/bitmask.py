@@ -46,7 +46,9 @@ def to_bitmask(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: not a legal packed weight.
 
-    >>> shape, compressed, bitmask = to_bitmask(*pack_24(torch.tensor([[0.0, 5.0, 0.0, 7.0]])))
+    >>> import sparsekern as sk
+    >>> packed = sk.pack_24(torch.tensor([[0.0, 5.0, 0.0, 7.0]]))
+    >>> shape, compressed, bitmask = to_bitmask(*packed)
     >>> shape.flatten().tolist(), compressed.tolist(), bitmask.tolist()
     ([1, 4], [[5.0, 7.0]], [[10]])
     """

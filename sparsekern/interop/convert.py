@@ -123,7 +123,8 @@ class ConvertReport:
         guessed: whether the source's was.
         layers: one entry per packed layer and per dense weight of two dimensions or more.
         other_tensors, other_bytes: copied as they were.
-        quantization_config: what a config.json needs, or has been given, for this format; None if nothing.
+        quantization_config: what a config.json needs for this format; None if nothing.
+        config_written: whether the target has a config.json that says so.
         left_out: files of the source's directory that were not copied.
     """
 
@@ -134,6 +135,7 @@ class ConvertReport:
     other_tensors: int = 0
     other_bytes: int = 0
     quantization_config: dict | None = None
+    config_written: bool = False
     left_out: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict:
@@ -250,8 +252,9 @@ class _Run:
             self.report.other_tensors += 1
             self.report.other_bytes += self.checkpoint.spec(name).nbytes
         self._step(rest, "")
-        if self.report.target_format == "sparse-24-bitmask":
-            self.report.quantization_config = _bitmask_config(self.report)
+        packed = [e.name for e in self.report.layers if e.target == "sparse-24-bitmask"]
+        packed += [e.weight for e in self.unselected if e.source == "sparse-24-bitmask"]
+        self.report.quantization_config = _bitmask_config(packed) if packed else None
 
     def _convert(self, layer: Layer) -> tuple[ConvertedLayer, dict[str, Tensor] | None]:
         prune = (
@@ -318,16 +321,13 @@ class _Run:
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{source} is no model's configuration: {error!r}") from None
         report = self.report
+        if report.source_format == "sparse-24-bitmask" and not report.quantization_config:
+            quantization.pop("sparsity_config", None)
+            if not any(v for k, v in quantization.items() if k not in ("quant_method", "version")):
+                quantization = {}
         left = any(layer.source != "dense" for layer in self.unselected)
-        if report.source_format != report.target_format and not left:
-            if report.source_format == "sparse-24-bitmask":
-                quantization.pop("sparsity_config", None)
-                if not any(
-                    v for k, v in quantization.items() if k not in ("quant_method", "version")
-                ):
-                    quantization = {}
-            elif report.source_format.endswith("marlin-24"):
-                quantization = {}  # nothing is quantised any more
+        if report.source_format.endswith("marlin-24") and not left:
+            quantization = {}  # nothing is quantised any more
         if report.quantization_config:
             method = quantization.get("quant_method", "compressed-tensors")
             if method != "compressed-tensors":
@@ -343,13 +343,11 @@ class _Run:
         if quantization:
             config["quantization_config"] = quantization
         target.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        report.config_written = True
 
 
-def _bitmask_config(report: ConvertReport) -> dict | None:
+def _bitmask_config(weights: list[str]) -> dict:
     """What compressed-tensors and what loads its checkpoints look for in config.json."""
-    packed = [layer for layer in report.layers if layer.target == "sparse-24-bitmask"]
-    if not packed:
-        return None
     return {
         "quant_method": "compressed-tensors",
         "version": "0.12.2",
@@ -358,7 +356,7 @@ def _bitmask_config(report: ConvertReport) -> dict | None:
             "global_sparsity": 0.5,
             "ignore": [],
             "sparsity_structure": "2:4",
-            "targets": [layer.name.removesuffix(".weight") for layer in packed],
+            "targets": [name.removesuffix(".weight") for name in weights],
         },
     }
 

@@ -74,7 +74,7 @@ def to_marlin(
     memory = (
         _rows_and_columns(values.t().int() + limit).permute(_ORDER[bits]).reshape(-1, 32 // bits)
     )
-    word = (memory.long() << torch.arange(0, 32, bits)).sum(-1)
+    word = (memory.long() << torch.arange(0, 32, bits, device=values.device)).sum(-1)
     word = torch.where(word >= 1 << 31, word - (1 << 32), word).int()
     element = meta.contiguous().view(torch.int16)
     element = element.view(N // 64, 8, 2, 2, 2, K // 32, 2).permute(_META_ORDER)
@@ -119,7 +119,9 @@ def from_marlin(
         raise ValueError(
             f"from_marlin: meta has shape {tuple(meta.shape)}; for N = {N}, K = {K} it takes {(K // 32, 2 * N)}"
         )
-    memory = weight_packed.contiguous().view(-1, 1) >> torch.arange(0, 32, bits, dtype=torch.int32)
+    memory = weight_packed.contiguous().view(-1, 1) >> torch.arange(
+        0, 32, bits, dtype=torch.int32, device=meta.device
+    )
     memory = (memory & ((1 << bits) - 1)) - (1 << (bits - 1))
     values = _restored(memory, (K // 32, 2, 4, 2, N // 64, 4, 2, 2, 4), _ORDER[bits])
     values = values.reshape(K // 2, N).t().to(torch.int8).contiguous()

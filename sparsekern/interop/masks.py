@@ -48,6 +48,7 @@ def load_masks(model: nn.Module, state_dict: Mapping) -> list[str]:
         ValueError: there is no mask, or one is of no parameter of the model, has not its shape, or has elements other
             than 0 and 1. The model is then as it was.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 1))
     >>> load_masks(model, {"0.__weight_mma_mask": torch.tensor([[True, False, True, False]])})
     ['0.weight']
