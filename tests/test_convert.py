@@ -66,12 +66,12 @@ def of_every_dtype() -> dict:
 
 def test_the_container_by_hand(tmp_path):
     path = tmp_path / "x.safetensors"
-    with Writer(path, {"b": Spec("U8", (3,)), "a": Spec("F16", (1, 2))}, {"k": "é"}) as writer:
-        writer.write("b", torch.tensor([1, 2, 3], dtype=torch.uint8))
-        writer.write("a", torch.tensor([[1.0, -2.0]]).half())
+    with Writer(path, {"a": Spec("U8", (3,)), "b": Spec("F16", (1, 2))}, {"k": "é"}) as writer:
+        writer.write("a", torch.tensor([1, 2, 3], dtype=torch.uint8))
+        writer.write("b", torch.tensor([[1.0, -2.0]]).half())
     header = (
-        '{"__metadata__":{"k":"é"},"a":{"dtype":"F16","shape":[1,2],"data_offsets":[0,4]},'
-        '"b":{"dtype":"U8","shape":[3],"data_offsets":[4,7]}}'
+        '{"__metadata__":{"k":"é"},"b":{"dtype":"F16","shape":[1,2],"data_offsets":[0,4]},'
+        '"a":{"dtype":"U8","shape":[3],"data_offsets":[4,7]}}'
     ).encode()
     header += b" " * (-len(header) % 8)
     data = bytes([0x00, 0x3C, 0x00, 0xC0, 1, 2, 3])
@@ -159,6 +159,7 @@ FOUR = bytes(4)
         (container_bytes({"a": entry(shape=[1] * 65)}, FOUR), "64 integers"),
         (container_bytes({"a": entry(shape=(1 << 62, 1 << 62))}, FOUR), "takes"),
         (container_bytes({"a": entry(shape=(5,))}, FOUR), "takes 40 bits"),
+        (container_bytes({"a": entry(shape=(3,))}, FOUR), "takes 24 bits"),
         (container_bytes({"a": entry("F4", (3,), (0, 1))}, b"0"), "takes 12 bits"),
         (container_bytes({"a": entry(offsets=(4, 0))}, FOUR), "takes .begin, end"),
         (container_bytes({"a": entry(offsets=(0, 4, 4))}, FOUR), "takes .begin, end"),
