@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import pruning
+from . import interop, pruning
 from .nn import SparseLinear, sparsify_
 from .offload import offload_activations
 from .ops import (
@@ -26,6 +26,7 @@ __all__ = [
     "PackedZVC",
     "SparseLinear",
     "check_24",
+    "interop",
     "is_24",
     "linear_24",
     "linear_24_prepacked",

@@ -14,6 +14,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .interop import ConvertReport
     from .selftest import Result
 
 _MAX_SEED = 2**31 - 1  # what every generator involved takes
@@ -652,3 +653,166 @@ def tune(
     except OSError as error:
         _refuse(f"the table cannot be written: {error}")
     console.print(f"written to {path}", soft_wrap=True)
+
+
+class Format(str, Enum):
+    """What convert writes."""
+
+    dense = "dense"
+    sparsekern = "sparsekern"
+    sparse_24_bitmask = "sparse-24-bitmask"
+    cutlass = "cutlass"
+
+
+class SourceFormat(str, Enum):
+    """What convert reads."""
+
+    dense = "dense"
+    sparsekern = "sparsekern"
+    sparse_24_bitmask = "sparse-24-bitmask"
+    cutlass = "cutlass"
+    marlin_24 = "marlin-24"
+    gptq_marlin_24 = "gptq-marlin-24"
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="A safetensors file, or a directory with one, or with several and their index.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="A file or a directory, as SRC is.", show_default=False),
+    ],
+    to: Annotated[Format, typer.Option(help="Format of DST.", show_default=False)],
+    source_format: Annotated[
+        SourceFormat | None,
+        typer.Option(
+            "--from",
+            help="Format of SRC. By default what its tensors' names say.",
+            show_default=False,
+        ),
+    ] = None,
+    select: Annotated[
+        str,
+        typer.Option(
+            "--filter",
+            metavar="REGEX",
+            help="Convert only weights whose name (layer.weight) this is found in; copy the others.",
+            show_default=False,
+        ),
+    ] = "",
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            help="Prune dense weights to 2:4 by magnitude. Otherwise those that are not 2:4 stay dense.",
+        ),
+    ] = False,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep-dense",
+            metavar="REGEX",
+            help="Weights that --prune leaves alone; '' for none.",
+        ),
+    ] = r"emb|wte|wpe|lm_head",
+    force: Annotated[bool, typer.Option("--force", help="Replace DST if it exists.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, without a progress bar.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint between dense, this library's, compressed-tensors' and PyTorch's 2:4 formats.
+
+    One layer at a time is in memory. Everything read is checked; DST appears when it is complete.
+    """
+    import re
+
+    try:
+        wanted, kept = re.compile(select), re.compile(keep) if keep else None
+    except re.error as error:
+        _refuse(f"--filter and --keep-dense take regular expressions: {error}")
+    console = None if as_json else _console()
+    try:
+        report = _run_convert(
+            console,
+            source,
+            target,
+            to.value,
+            source_format=source_format and source_format.value,
+            select=lambda name: wanted.search(name) is not None,
+            prune=(lambda name: not (kept and kept.search(name))) if prune else None,
+            force=force,
+        )
+    except (OSError, ValueError) as error:
+        _refuse(error)
+    if console is None:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+    else:
+        _show_converted(report, target, console)
+
+
+def _run_convert(console: Console | None, *args, **settings) -> ConvertReport:
+    """interop.convert; a progress bar on `console` unless it is None."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import interop
+
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), DownloadColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=console is None
+    ) as bar:
+        task = bar.add_task("checking", total=None)
+
+        def progress(done: int, total: int, layer: str) -> None:
+            phase = "checking" if 2 * done <= total else "writing"
+            bar.update(
+                task, completed=done, total=total, description=f"{phase} {escape(layer[-36:])}"
+            )
+
+        return interop.convert(*args, progress=progress, **settings)
+
+
+def _show_converted(report: ConvertReport, target: Path, console: Console) -> None:
+    """Layer × shape, dtype, format and bytes before and after, why it is not as asked for."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("weight", overflow="fold")
+    for column in ("shape", "dtype", "from", "to"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("note", overflow="fold")
+    for layer in report.layers:
+        table.add_row(
+            escape(layer.name),
+            "x".join(map(str, layer.shape)),
+            layer.dtype,
+            layer.source,
+            layer.target,
+            f"{layer.bytes_before:,} to {layer.bytes_after:,}",
+            escape(layer.note),
+        )
+    how = "as its tensors' names say" if report.guessed else "as --from says"
+    console.print(f"From {report.source_format}, {how}, to {report.target_format}.", soft_wrap=True)
+    console.print(table)
+    before, after = (
+        sum(getattr(layer, f) for layer in report.layers) for f in ("bytes_before", "bytes_after")
+    )
+    asked = sum(layer.target == report.target_format for layer in report.layers)
+    console.print(
+        f"{asked} of {len(report.layers)} weights are {report.target_format} in {escape(str(target))}: "
+        f"{before:,} to {after:,} bytes; {report.other_tensors} other tensors copied, {report.other_bytes:,} bytes.",
+        soft_wrap=True,
+    )
+    if report.left_out:
+        console.print(f"Not copied: {escape(', '.join(report.left_out))}.", soft_wrap=True)
+    if report.quantization_config is not None and not report.config_written:
+        text = json.dumps({"quantization_config": report.quantization_config})
+        console.print(f"The model's config.json needs: {escape(text)}", soft_wrap=True)

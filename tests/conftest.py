@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -75,6 +76,10 @@ def pytest_collection_modifyitems(config, items):
     skip_cubins = pytest.mark.skip(reason="machine code of every architecture: --cubins")
     skip_sources = pytest.mark.skip(reason="the CUDA sources executed and compiled: make cuda")
     skip_compiler = pytest.mark.skip(reason="no C++ compiler")
+    peers = {"compressed_tensors"}
+    missing_peers = {
+        n: pytest.mark.skip(reason=f"no {n}") for n in peers if not importlib.util.find_spec(n)
+    }
     sources = config.getoption("--cuda-sources")
     missing = cuda_tools_missing() if sources else []
     missing_tools = {n: pytest.mark.skip(reason=f"no {n}") for n in missing}
@@ -85,6 +90,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip_sources)
         for name in missing_tools.keys() & item.keywords.keys():
             item.add_marker(missing_tools[name])
+        for name in missing_peers.keys() & item.keywords.keys():
+            item.add_marker(missing_peers[name])
         if "compiled" in item.keywords and not COMPILED:
             item.add_marker(skip_compiled)
         if "compiler" in item.keywords and not shutil.which(os.environ.get("CXX", "c++")):
