@@ -14,11 +14,11 @@ JOBS ?= 2
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize portability cuda bench readme clean
+.PHONY: help demo test lint format sanitize portability cuda bench readme docs clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
-	@echo "make lint | format | sanitize | portability | cuda | bench | readme | clean"
+	@echo "make lint | format | sanitize | portability | cuda | bench | readme | docs | clean"
 
 $(VENV)/tools: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +85,14 @@ bench: $(VENV)/bench
 # The table of the README comes from the back ends' own declarations.
 readme: $(VENV)/installed
 	$(BIN)/python benchmarks/readme_table.py
+
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) sphinx furo myst-parser
+	touch $@
+
+# The pages of docs, in build/docs; a warning is an error.
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info sparsekern/*.so .pytest_cache .ruff_cache .hypothesis

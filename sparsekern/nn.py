@@ -353,7 +353,7 @@ def _pad(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What sparsify_ did with one layer. `reason` is empty where it was swapped; bytes are those of the weight."""
+    """What :func:`sparsify_` did with one layer. `reason` is empty where it was swapped; bytes are of the weight."""
 
     name: str
     shape: tuple[int, int]
