@@ -531,8 +531,9 @@ def bench(
 ) -> None:
     """Measure our ops beside what else there is on this machine. Losses are printed as plainly as wins.
 
-    Every row: median and spread, GB/s or TFLOP/s, share of ceilings measured in the same run, ratio to each peer that
-    is here. Ctrl-C keeps what was measured. Exit code 1 where --check finds a wrong result or a case failed.
+    Every row has a median and its spread, GB/s or TFLOP/s, the share of ceilings that were
+    measured in the same run, and the ratio to each peer that is here. Ctrl-C keeps what was
+    measured. Exit code 1 where --check finds a wrong result or a case failed.
     """
     import shlex
     import sys
@@ -618,8 +619,8 @@ def tune(
 ) -> None:
     """Teach SparseLinear, for this device, from how many tokens on expanding the weight beats the packed product.
 
-    Measures both and torch's dense product, interleaved, and writes what it found to a small table that every process
-    reads. SparseLinear.explain(M) tells what a layer does.
+    Measures both and torch's dense product, interleaved, and writes what it found to a small
+    table that every process reads. SparseLinear.explain(M) tells what a layer does.
     """
     from . import choices
     from .bench import clock, session

@@ -715,7 +715,7 @@ def prune_24(weight: Tensor) -> Tensor:
         TypeError: another dtype.
 
     Source: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks" (arXiv 2104.08378),
-        section 4.
+    section 4.
 
     >>> prune_24(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
     tensor([[ 0., -3.,  2.,  0.]])
@@ -785,7 +785,7 @@ def pack_24(weight: Tensor, prune: bool = False) -> tuple[Tensor, Tensor]:
             non-zeros is an error; PyTorch's own conversion drops the surplus in silence.
 
     Returns:
-        ``values [N, K/2]`` in the weight's dtype and ``meta [N, ceil(K/8)]`` uint8: a nibble ``i0 |
+        ``values [N, K/2]`` in the weight's dtype and ``meta [N, ceil(K/8)]`` uint8, a nibble ``i0 |
         i1 << 2`` per group, even groups in the low half. A 16-bit weight takes 9/16 of its dense
         bytes, a 32-bit one 17/32.
 
@@ -795,7 +795,7 @@ def pack_24(weight: Tensor, prune: bool = False) -> tuple[Tensor, Tensor]:
         TypeError: another dtype.
 
     Source: PTX ISA, "Matrix multiply-accumulate operation using mma.sp", sparsity selector and
-        metadata.
+    metadata.
 
     >>> pack_24(torch.tensor([[0.0, 5.0, 0.0, 7.0]]))
     (tensor([[5., 7.]]), tensor([[77]], dtype=torch.uint8))
@@ -870,7 +870,7 @@ def linear_24(
 
     Args:
         x: ``[..., K]`` float32, float16, bfloat16 (float64 on the reference back end), any strides,
-        any M.
+            any M.
         values: ``[N, K/2]``, the dtype of x.
         meta: uint8 ``[N, ceil(K/8)]``, legal nibbles (:func:`check_24`).
         bias: ``[N]``, the dtype of x, or None.

@@ -38,12 +38,12 @@ class PackedZVC:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: mask, values and offsets."""
+        """Bytes held by mask, values and offsets."""
         return self.mask.nbytes + self.values.nbytes + self.offsets.nbytes
 
     @property
     def ratio(self) -> float:
-        """Bytes of the tensor over bytes held: 1 / (density + 1/bits). Below 1, keep the tensor raw."""
+        """Bytes of the tensor over bytes held, 1 / (density + 1/bits). Below 1, keep the tensor raw."""
         dense = self.shape.numel() * self.dtype.itemsize
         return dense / self.nbytes if self.nbytes else 1.0
 
@@ -91,9 +91,9 @@ def pack_zvc(x: Tensor) -> PackedZVC:
     """Compress a tensor to a bit mask and its non-zero elements, losslessly.
 
     Works on bits: only all-zero bits are a zero, so -0.0, NaN payloads and denormals survive. A
-        dense layout of any dimension order (channels_last, transposed) is read in its storage order
-        without a copy and its strides come back; a tensor with gaps or overlaps (sliced, expanded)
-        is copied first and comes back contiguous. Not differentiable.
+    dense layout of any dimension order (channels_last, transposed) is read in its storage order
+    without a copy and its strides come back; a tensor with gaps or overlaps (sliced, expanded)
+    is copied first and comes back contiguous. Not differentiable.
 
     Args:
         x: any shape, any dtype of 1, 2, 4 or 8 bytes.

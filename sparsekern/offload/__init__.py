@@ -64,7 +64,7 @@ def offload_activations(
             context are known without it.
 
     Returns:
-        An :class:`ActivationOffload`: a context manager, with ``stats``.
+        An :class:`ActivationOffload`, a context manager with ``stats``.
 
     Raises:
         ValueError: an argument outside its range.

@@ -174,6 +174,7 @@ class Stats:
 
     @property
     def total(self) -> ModuleStats:
+        """All modules together."""
         total = ModuleStats()
         for m in list(self.modules.values()):
             total.add(m)
@@ -181,7 +182,7 @@ class Stats:
 
     @property
     def peak_bytes(self) -> dict[str, int]:
-        """Peaks of saved bytes: "plain" without the offload, "device" and "host" with it."""
+        """Peaks of saved bytes, "plain" without the offload, "device" and "host" with it."""
         return dict(self.ledger.peak)
 
     def as_dict(self) -> dict:
