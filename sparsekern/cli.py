@@ -357,3 +357,68 @@ def offload_report(
     else:
         report.show(found, console)
     raise typer.Exit(0 if found.identical or not found.reproducible else 1)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="package.module:function that returns an nn.Module, or a file with a state_dict "
+            "(.safetensors, or of torch.save).",
+            show_default=False,
+        ),
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="The dense model, in the same forms: what of its magnitude was kept.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time what packs against F.linear on this machine.")
+    ] = False,
+    tokens: Annotated[
+        str, typer.Option("-m", "--tokens", help="Rows of the input to measure at, with commas.")
+    ] = "1,32,256",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a picture: mask bands and weight histograms by layer.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_MAX_SEED, help="Seed before the function is called.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """What every layer of a model really is: pattern, density, bytes, why it is not 2:4, on request its speed.
+
+    Exit code 1 if a weight is infinite or NaN, or does not agree with its mask or packed form.
+    """
+    import torch
+
+    from . import factory
+    from .pruning import verify as check
+
+    try:
+        counts = [int(text) for text in tokens.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        _refuse(f"--tokens is {tokens}; it takes whole numbers from 1 on, with commas between")
+    try:
+        torch.manual_seed(seed)
+        found = factory.model_or_state(model)
+        before = None if reference is None else factory.model_or_state(reference)
+        report = check(found, before, measure=measure, tokens=counts)
+        if plot is not None:
+            report.plot(plot)
+    except (ImportError, OSError, ValueError) as error:
+        _refuse(error)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _console().print(report.table())
+    raise typer.Exit(0 if report.ok else 1)

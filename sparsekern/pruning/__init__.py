@@ -3,6 +3,7 @@
 from .masks import Held, Mask, finalize, hold, mask_of, masks, sparsify
 from .patterns import NM, Density, Layer, Pattern, Quality, Transposable, layers, parse
 from .prune import Pruned, PruneReport, prune
+from .verify import Verification, VerifiedLayer, verify
 
 __all__ = [
     "NM",
@@ -15,6 +16,8 @@ __all__ = [
     "Pruned",
     "Quality",
     "Transposable",
+    "Verification",
+    "VerifiedLayer",
     "finalize",
     "hold",
     "layers",
@@ -23,4 +26,5 @@ __all__ = [
     "parse",
     "prune",
     "sparsify",
+    "verify",
 ]
