@@ -40,7 +40,7 @@ def load(name: str) -> Callable:
 
 
 def call(name: str) -> object:
-    """What the factory ``package.module:function`` returns.
+    """What the function ``package.module:function`` returns.
 
     Raises:
         FactoryError: as :func:`load`, or the function raised.
@@ -52,28 +52,19 @@ def call(name: str) -> object:
         raise FactoryError(f"{name}() raised {_described(error)}") from error
 
 
-def model(name: str) -> nn.Module:
-    """The model that the factory ``package.module:function`` returns.
-
-    Raises:
-        FactoryError: as :func:`call`, or it is no nn.Module.
-    """
-    made = call(name)
-    if not isinstance(made, nn.Module):
-        raise FactoryError(f"{name}() returned {type(made).__name__}; it takes an nn.Module")
-    return made
-
-
 def model_or_state(name: str) -> nn.Module | Mapping[str, Tensor]:
     """The model of a factory, or the weights in a file of safetensors or of ``torch.save``.
 
     Raises:
-        FactoryError: as :func:`model`, or a file that cannot be read or holds no ``state_dict``.
+        FactoryError: as :func:`call`, or it is no nn.Module; or a file that cannot be read or holds no ``state_dict``.
     """
     if not Path(name).is_file():
         if ":" not in name:
             raise FactoryError(f"{name}: no such file; it takes one, or package.module:function")
-        return model(name)
+        made = call(name)
+        if not isinstance(made, nn.Module):
+            raise FactoryError(f"{name}() returned {type(made).__name__}; it takes an nn.Module")
+        return made
     try:
         if name.endswith(".safetensors"):
             from safetensors.torch import load_file

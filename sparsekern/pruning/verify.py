@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from .. import ops
@@ -25,7 +29,6 @@ from .patterns import NM, PRUNABLE, matrix
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 # From the strictest on: whatever is 1:4 is 2:8, whatever is 2:8 is 2:4, whatever is 2:4 is 4:8.
 _PATTERNS = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
@@ -100,7 +103,7 @@ class _Picture(NamedTuple):
 
 @dataclass
 class Verification:
-    """What :func:`verify` found; ``str`` of it is the table."""
+    """What :func:`verify` found; ``str`` of it is the table and the notes."""
 
     layers: list[VerifiedLayer]
     machine: str
@@ -151,9 +154,6 @@ class Verification:
 
     def table(self) -> Table:
         """A row per layer. Columns about what was not given or measured are left out."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
 
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("layer", no_wrap=True)
@@ -167,7 +167,6 @@ class Verification:
         columns = ["density", *(name for name, shown in optional.items() if shown), "bytes"]
         for name in [*columns, *(f"M={M}" for M in tokens)]:
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("", overflow="fold")
         for layer in self.layers:
             cells = [layer.name, f"{layer.kind} {'x'.join(map(str, layer.shape))}"]
             cells += [layer.pattern + (", held" if layer.held else ""), f"{layer.density:.1%}"]
@@ -179,26 +178,36 @@ class Verification:
             cells.append(_size(layer.bytes_dense, layer.bytes_packed))
             by_m = {speed.M: f"{speed.ratio:.2f}x" for speed in layer.speeds}
             cells += [by_m.get(M, "") for M in tokens]
-            note = Text("; ".join(layer.problems), "bold red") if layer.problems else layer.why
-            table.add_row(*cells, note)
-        table.caption = self._caption(bool(tokens))
-        table.caption_justify = "left"
+            table.add_row(*cells, style="red" if layer.problems else None)
         return table
 
-    def _caption(self, measured: bool) -> str:
+    def notes(self) -> list[str]:
+        """Below the table: problems, why what was pruned does not pack, and the sums."""
+        lines = [f"{layer.name}: PROBLEM: {p}" for layer in self.layers for p in layer.problems]
+        lines += [
+            f"{layer.name}: {layer.why}"
+            for layer in self.layers
+            if not layer.packs and layer.pattern != "dense"
+        ]
         packing = sum(layer.packs for layer in self.layers)
         text = f"{packing} of {len(self.layers)} layers are 2:4 and compute packed here; {self.density:.1%} of the "
         text += f"weights are not zero; {_size(self.bytes_dense, self.bytes_here)}."
-        if measured:
-            text += f" M=: speed of the packed inference form over F.linear at M tokens, on {self.machine}."
-        return text
+        lines.append(text)
+        if any(layer.speeds for layer in self.layers):
+            lines.append(
+                f"M=: speed of the packed inference form over F.linear at M tokens, on {self.machine}."
+            )
+        return lines
+
+    def show(self, console: Console) -> None:
+        console.print(self.table())
+        for line in self.notes():
+            console.print(Text(line, "bold red" if ": PROBLEM: " in line else ""))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
         console = Console(width=160, highlight=False, emoji=False)
         with console.capture() as captured:
-            console.print(self.table())
+            self.show(console)
         return captured.get()
 
     def plot(self, path: str | Path) -> None:
@@ -279,10 +288,10 @@ def verify(
 
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
     >>> model[0].weight.data = ops.prune_24(model[0].weight.data)
-    >>> for layer in verify(model).layers:
-    ...     print(layer.name, layer.pattern, layer.density, layer.why)
-    0 2:4 0.5
-    2 dense 1.0 row 0, group 0 (columns 0 to 3) has 4 non-zeros
+    >>> [(layer.name, layer.pattern, layer.density) for layer in verify(model).layers]
+    [('0', '2:4', 0.5), ('2', 'dense', 1.0)]
+    >>> verify(model).layers[1].why
+    'row 0, group 0 (columns 0 to 3) has 4 non-zeros'
     """
     found = list(_weights(model))
     before = _reference(found, reference)
