@@ -74,7 +74,8 @@ def model_or_state(name: str) -> nn.Module | Mapping[str, Tensor]:
     except ModuleNotFoundError as error:
         raise FactoryError(f"{name}: {error}; pip install 'sparsekern[prune]'") from None
     except Exception as error:  # safetensors and torch.load raise kinds of their own
-        raise FactoryError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+        words = str(error).partition("\n")[0] or type(error).__name__
+        raise FactoryError(f"{name} cannot be read: {words}") from None
     if not (isinstance(state, Mapping) and any(isinstance(t, Tensor) for t in state.values())):
         raise FactoryError(f"{name} holds a {type(state).__name__}; it takes a state_dict")
     return state

@@ -277,7 +277,7 @@ class _Run:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises whatever the bytes lead it to
-            words = str(error).splitlines()[0]
+            words = str(error).partition("\n")[0] or type(error).__name__
             raise TrainingError(f"{self.checkpoint} cannot be read ({words}); {again}") from None
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise TrainingError(f"{self.checkpoint} is no checkpoint of this version; {again}")
