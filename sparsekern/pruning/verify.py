@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..info import cpu_name
 from ..nn import SparseLinear, sparsify_
-from .masks import finalize, mask_of, padded
+from .masks import finalize, mask_of, masks, padded
 from .patterns import NM, PRUNABLE, matrix
 
 if TYPE_CHECKING:
@@ -401,7 +402,9 @@ def _refused(model: nn.Module) -> dict[str, str]:
         if t is not None and not nn.parameter.is_lazy(t)
     }
     skeleton = copy.deepcopy(model, memo)
-    finalize(skeleton)
+    for module in {held.module for held in masks(skeleton)}:
+        with contextlib.suppress(ValueError):  # other parametrizations: sparsify_ will name them
+            finalize(module)
     if isinstance(skeleton, nn.Linear):
         return {"": "the model is a layer itself: SparseLinear.from_linear packs it"}
     return {layer.name: layer.reason for layer in sparsify_(skeleton) if layer.reason}
@@ -450,7 +453,8 @@ def _pattern(rows: Tensor, density: float) -> str:
     kept = rows != 0
     for pattern in _PATTERNS:
         if _at_most(kept, pattern):
-            both = pattern == NM(2, 4) and _at_most(kept.T, pattern)
+            whole = kept.shape[0] % 4 == 0  # else the transpose has no groups
+            both = pattern == NM(2, 4) and whole and _at_most(kept.T, pattern)
             return "2:4-transposable" if both else str(pattern)
     return "unstructured"
 
