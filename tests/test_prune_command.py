@@ -637,7 +637,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    words = r"the loss is inf in stage 1 \(train\), epoch 1 of 2, batch 1"
+    words = r"the loss is inf in stage 1 \(train\), epoch 1/2, batch 1"
     with pytest.raises(pruning.TrainingError, match=words):
         run(short(), tmp_path, batches, loss=infinite_loss)
 

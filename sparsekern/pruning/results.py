@@ -27,10 +27,14 @@ class Score:
     def __lt__(self, other: Score) -> bool:
         return (self.error or 0.0, self.loss) < (other.error or 0.0, other.loss)
 
+    @property
+    def short(self) -> str:
+        """The error, or the loss where there is none."""
+        return f"loss {self.loss:.4f}" if self.error is None else f"error {100 * self.error:.2f} %"
+
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}" + (
-            "" if self.error is None else f", error {100 * self.error:.2f} %"
-        )
+        loss = f"loss {self.loss:.4f}"
+        return loss if self.error is None else f"{loss}, {self.short}"
 
 
 @dataclass(frozen=True)

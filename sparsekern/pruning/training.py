@@ -162,7 +162,7 @@ class _Run:
         self.progress.update(task, completed=self.epoch * (steps or 0))
         while self.epoch < stage.epochs:
             lr = self.optimizer.param_groups[0]["lr"]
-            where = f"epoch {self.epoch + 1} of {stage.epochs}"
+            where = f"epoch {self.epoch + 1}/{stage.epochs}"
             train_loss = self.train_epoch(stage, task, where)
             score = self.evaluate()
             if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -214,10 +214,9 @@ class _Run:
                     f"the loss is {value.item()} in stage {self.stage + 1} ({title(stage)}), {where}, batch {count};"
                     " a lower learning rate may help"
                 )
-            last = f", {self.history[-1].test}" if self.history else ""
-            note = f"{where}, loss {total / count:.4f}; test{last or ' to come'}".replace(
-                "test, ", "test "
-            )
+            note = f"{where}, loss {total / count:.4f}"
+            if self.history:
+                note += f", test {self.history[-1].test.short}"
             self.progress.update(task, advance=1, note=note)
         if not count:
             raise TrainingError("the train data has no batches")
@@ -554,11 +553,10 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def _progress(console: Console | None) -> Progress:
-    columns = (
+    columns = (  # with the longest note no more than 80 characters
         TextColumn("{task.description:<8}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=9),
         TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
