@@ -231,20 +231,45 @@ def test_iterating_prunes_and_retrains_by_turns_from_the_first_training():
     assert {s.optimizer.options["lr"] for s in stages[2:7:2]} == {1e-4}
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="TOML needs Python 3.11")
+TOML = """
+seed = 7
+[[stages]]
+do = "train"
+epochs = 3
+optimizer = {momentum = 0.9, lr = 0.1, name = "sgd"}
+schedule = {name = "StepLR", step_size = 2}
+[[stages]]
+do = "prune"
+pattern = "2:4"
+filter = "^(0|3)$"
+[[stages]]
+do = "retrain"
+lr_factor = 0.5
+[[stages]]
+do = "finalize"
+[[stages]]
+do = "sparsify"
+"""
+
+
 def test_toml_and_json_say_the_same(tmp_path):
-    (tmp_path / "recipe.toml").write_text(
-        'seed = 7\n[[stages]]\ndo = "train"\nepochs = 3\noptimizer = {momentum = 0.9, lr = 0.1, name = "sgd"}\n'
-        'schedule = {name = "StepLR", step_size = 2}\n[[stages]]\ndo = "prune"\npattern = "2:4"\n'
-        'filter = "^(0|3)$"\n[[stages]]\ndo = "retrain"\nlr_factor = 0.5\n[[stages]]\ndo = "finalize"\n'
-        '[[stages]]\ndo = "sparsify"\n'
-    )
-    digests = {
-        recipes.read(r).digest()
-        for r in (tmp_path / "recipe.toml", write(tmp_path, RECIPE), RECIPE)
-    }
+    toml = tmp_path / "recipe.toml"
+    toml.write_text(TOML)
+    forms = [write(tmp_path, RECIPE), RECIPE]
+    if sys.version_info >= (3, 11):
+        forms.append(toml)
+    digests = {recipes.read(form).digest() for form in forms}
     assert len(digests) == 1
     assert recipes.read(RECIPE | {"seed": 8}).digest() not in digests
+
+
+def test_a_python_without_toml_takes_json(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    (tmp_path / "recipe.toml").write_text(TOML)
+    with pytest.raises(
+        pruning.RecipeError, match=r"TOML needs Python 3.11; the same tables as .json"
+    ):
+        recipes.read(tmp_path / "recipe.toml")
 
 
 def stage(**changed):
@@ -578,6 +603,8 @@ def test_checkpoints_that_do_not_fit_are_refused_and_restart_begins_again(tmp_pa
     for changed, words in (
         ({"format": 0}, "is no checkpoint of this version"),
         ({"stage": 9}, "does not fit: ValueError: stage is 9 of 3"),
+        ({"stage": 2, "epoch": 2}, "does not fit: ValueError: epoch is 2 in stage 2"),
+        ({"epoch": 1}, "does not fit: IndexError"),
         ({"model": wrong_state}, "does not fit"),
         ({"model": wrong_mask}, r"hold: mask must be torch.bool"),
         ({"model": nowhere}, "does not fit"),

@@ -112,7 +112,9 @@ class Result:
             above.plot(at, [100 * e for e in errors], "o-", markersize=3, color="#2b6ca3")
             above.set_ylabel("test error, %")
         above.set_title(
-            "Error and loss by epoch; a line where weights were pruned", loc="left", fontsize=10
+            "Error and loss by epoch; in orange, where weights were pruned and what was left then",
+            loc="left",
+            fontsize=10,
         )
         below.plot(
             at,
@@ -137,6 +139,9 @@ class Result:
                 where = sum(e.stage < i for e in self.history) + 0.5
                 for axes in (above, below):
                     axes.axvline(where, color="#d9772b", linestyle="--", linewidth=1)
+                below.plot(where, stage.test.loss, "o", markersize=4, color="#d9772b")
+                if stage.test.error is not None:
+                    above.plot(where, 100 * stage.test.error, "o", markersize=4, color="#d9772b")
                 above.annotate(
                     f" {stage.density:.0%}", (where, 0.95), xycoords=("data", "axes fraction"), color="#d9772b",
                     fontsize=8, va="top",

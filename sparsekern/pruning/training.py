@@ -92,7 +92,7 @@ def run_recipe(
         with run.progress:
             run.go()
     except KeyboardInterrupt:
-        raise Interrupted(run.stopped()) from None
+        raise Interrupted(run.stopped(restart)) from None
     return run.finish()
 
 
@@ -302,6 +302,9 @@ class _Run:
         stage, epoch = state["stage"], state["epoch"]
         if not 0 <= stage <= len(self.recipe.stages):
             raise ValueError(f"stage is {stage} of {len(self.recipe.stages)}")
+        under_way = self.recipe.stages[stage] if epoch else None
+        if epoch and not (isinstance(under_way, Train) and 0 < epoch < under_way.epochs):
+            raise ValueError(f"epoch is {epoch} in stage {stage}")
         hold_masks(self.model, state["model"])
         self.model.load_state_dict(state["model"])
         self.stage, self.epoch, self.seconds = stage, epoch, float(state["seconds"])
@@ -316,7 +319,7 @@ class _Run:
         self.history = [Epoch(**e | {"test": Score(**e["test"])}) for e in state["history"]]
         set_generators(state["generators"], self.train, self.test)
 
-    def stopped(self) -> str:
+    def stopped(self, restarted: bool) -> str:
         """Write the best and the last weights; what to tell."""
         wrote = [self.out / "last.safetensors"]
         _write_model(self.model, wrote[0])
@@ -330,7 +333,7 @@ class _Run:
             wrote.append(self.out / "best.safetensors")
             _write_model(best, wrote[1])
         going_on = (
-            f"the same command goes on from {self.checkpoint}"
+            f"the same command{' without --restart' * restarted} goes on from {self.checkpoint}"
             if self.checkpoint.exists()
             else "no epoch was done: the same command begins again"
         )
