@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
 from torch import nn
 
 from .recipe import Recipe
@@ -15,6 +13,7 @@ from .verify import Verification
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,9 @@ class Result:
 
     def table(self) -> Table:
         """A row per stage."""
+
+        from rich import box
+        from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for column in ("", "test loss", "error", "density", "seconds"):

@@ -20,12 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from .. import factory
-from ..info import cpu_name
 from ..nn import SparseLinear
 from . import recipe as recipes
 from .loaders import TrainingError, batches, generators_state, length, loaders, seed, set_generators
@@ -38,6 +35,10 @@ from .verify import verify
 
 if TYPE_CHECKING:
     pass
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 _FORMAT = 1
 _MASK = re.compile(r"(?:(.+)\.)?parametrizations\.(\w+)\.\d+\.mask")
@@ -342,6 +343,8 @@ class _Run:
     # ---- the end ----
 
     def finish(self) -> Result:
+        from ..info import cpu_name
+
         dense = self.out / "dense.safetensors"
         reference = None
         if self.keep_dense and dense.exists():
@@ -556,6 +559,14 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def _progress(console: Console | None) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (  # with the longest note no more than 80 characters
         TextColumn("{task.description:<8}"),
         BarColumn(bar_width=9),

@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from .. import ops
-from ..info import cpu_name
 from ..nn import SparseLinear, sparsify_
 from .masks import finalize, mask_of, masks, padded
 from .patterns import NM, PRUNABLE, matrix
@@ -30,6 +25,8 @@ from .patterns import NM, PRUNABLE, matrix
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.table import Table
 
 # From the strictest on: whatever is 1:4 is 2:8, whatever is 2:8 is 2:4, whatever is 2:4 is 4:8.
 _PATTERNS = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
@@ -156,6 +153,9 @@ class Verification:
     def table(self) -> Table:
         """A row per layer. Columns about what was not given or measured are left out."""
 
+        from rich import box
+        from rich.table import Table
+
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("layer", no_wrap=True)
         table.add_column("weight", no_wrap=True)
@@ -201,11 +201,15 @@ class Verification:
         return lines
 
     def show(self, console: Console) -> None:
+        from rich.text import Text
+
         console.print(self.table())
         for line in self.notes():
             console.print(Text(line, "bold red" if ": PROBLEM: " in line else ""))
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=160, highlight=False, emoji=False)
         with console.capture() as captured:
             self.show(console)
@@ -311,6 +315,8 @@ def verify(
             layer.speeds = timed[key]
         verified.append(layer)
         pictures.append(_picture(one.weight, layer, before.get(one.name)))
+    from ..info import cpu_name
+
     device = next((one.weight.device for one in found), torch.device("cpu"))
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     if device.type == "cpu":
