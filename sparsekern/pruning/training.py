@@ -34,9 +34,6 @@ from .results import Epoch, Result, Score, StageResult, plain
 from .verify import verify
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
