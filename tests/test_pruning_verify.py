@@ -92,6 +92,12 @@ def test_the_strictest_pattern_by_hand(row, pattern):
     assert found.density == sum(row) / len(row)
 
 
+def test_both_ways_takes_groups_both_ways():
+    layer = nn.Linear(8, 2)
+    layer.weight = nn.Parameter(sk.prune_24(torch.ones(2, 8)))
+    assert only(layer).pattern == "2:4"  # a column has two rows, and no group
+
+
 def test_a_few_zeros_make_no_pattern():
     layer = nn.Linear(100, 100)
     with torch.no_grad():
