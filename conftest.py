@@ -1,5 +1,8 @@
-"""Which modules are searched for examples: the Triton kernels cannot be imported where there is no Triton."""
+"""Which modules are searched for examples: not those of what is not installed here, which cannot be imported."""
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["sparsekern/backends/triton/*"]
+_NEEDS = {"triton": "sparsekern/backends/triton/*", "transformers": "sparsekern/pruning/hf.py"}
+collect_ignore_glob = [
+    files for name, files in _NEEDS.items() if not importlib.util.find_spec(name)
+]

@@ -817,3 +817,170 @@ def _show_converted(report: ConvertReport, target: Path, console: Console) -> No
     if report.quantization_config is not None and not report.config_written:
         text = json.dumps({"quantization_config": report.quantization_config})
         console.print(f"The model's config.json needs: {escape(text)}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="package.module:function that returns an nn.Module, or a file with a state_dict "
+            "(.safetensors, or of torch.save).",
+            show_default=False,
+        ),
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="The dense model, in the same forms: what of its magnitude was kept.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time what packs against F.linear on this machine.")
+    ] = False,
+    tokens: Annotated[
+        str, typer.Option("-m", "--tokens", help="Rows of the input to measure at, with commas.")
+    ] = "1,32,256",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a picture: mask bands and weight histograms by layer.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_MAX_SEED, help="Seed before the function is called.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """What every layer of a model really is: pattern, density, bytes, why it is not 2:4, on request its speed.
+
+    Exit code 1 if a weight is infinite or NaN, or does not agree with its mask or packed form.
+    """
+    import torch
+
+    from . import factory
+    from .pruning import verify as check
+
+    try:
+        counts = [int(text) for text in tokens.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        _refuse(f"--tokens is {tokens}; it takes whole numbers from 1 on, with commas between")
+    try:
+        torch.manual_seed(seed)
+        found = factory.model_or_state(model)
+        before = None if reference is None else factory.model_or_state(reference)
+        report = check(found, before, measure=measure, tokens=counts)
+        if plot is not None:
+            report.plot(plot)
+    except (ImportError, OSError, ValueError) as error:
+        _refuse(error)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        report.show(_console())
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def prune(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="2:4 (Mishra et al. 2021), iterative (Han et al. 2015), or a .toml or .json file of stages; "
+            "see sparsekern.pruning.recipe.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(help="package.module:function that returns an nn.Module.", show_default=False),
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="package.module:function that returns (train, test), two loaders of (input, target).",
+            show_default=False,
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for model.safetensors, dense.safetensors, report.json, curves.png, layers.png and "
+            "checkpoint.pt; made if missing. A run that was stopped there goes on.",
+            show_default=False,
+        ),
+    ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Train nothing: check the recipe, with --model and --data these too, and print what would be done.",
+        ),
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again, whatever is in --out.")
+    ] = False,
+    dense: Annotated[
+        bool, typer.Option(help="Write dense.safetensors, the weights before the first pruning.")
+    ] = True,
+    device: Annotated[
+        Device, typer.Option(help="Where to train; auto takes CUDA where there is one.")
+    ] = Device.auto,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=_MAX_SEED, help="Instead of the recipe's seed.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Train, prune and retrain a model of yours by a recipe, and pack it.
+
+    Exit code 130 after Ctrl-C, which writes the best and the last weights; the same command goes on.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from . import factory, pruning
+    from .pruning import recipe as recipes
+    from .pruning import training
+
+    where = device.value
+    if where == "auto":
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+    console = _console()
+    try:
+        if where == "cuda" and not torch.cuda.is_available():
+            _refuse("--device is cuda, and torch finds no CUDA device here")
+        chosen = recipes.read(recipe)
+        if seed is not None:
+            chosen = replace(chosen, seed=seed)
+        if plan:
+            for line in training.plan(chosen, model or None, data or None, device=where):
+                console.print(escape(line), soft_wrap=True)
+            return
+        needed = {"--model": model, "--data": data, "--out": out}
+        if missing := [name for name, given in needed.items() if not given]:
+            _refuse(f"{' and '.join(missing)} is missing; --plan does without")
+        result = pruning.run_recipe(
+            chosen,
+            model,
+            data,
+            out,
+            device=where,
+            restart=restart,
+            keep_dense=dense,
+            console=console,
+        )
+    except (pruning.RecipeError, pruning.TrainingError, factory.FactoryError) as error:
+        _refuse(error)
+    except pruning.Interrupted as stop:
+        console.print(escape(str(stop)), soft_wrap=True)
+        raise typer.Exit(130) from None
+    console.print(result.table())
+    result.verification.show(console)
+    console.print(f"wrote {out}/model.safetensors and {out}/report.json")
+    raise typer.Exit(0 if result.verification.ok else 1)

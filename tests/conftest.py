@@ -23,6 +23,7 @@ from sparsekern.offload import ActivationOffload, context
 COMPILED = cpu.unavailable(torch.device("cpu")) is None
 ISAS = cpu.isas() if COMPILED else []
 NO_TRITON = triton.unavailable(torch.device("cpu"))
+TRANSFORMERS = all(importlib.util.find_spec(name) for name in ("transformers", "accelerate"))
 
 # A fallback to a slower back end is an error in every test; without a compiled core it is all there is.
 os.environ.setdefault("SPARSEKERN_STRICT", "1" if COMPILED else "0")
@@ -75,6 +76,7 @@ def pytest_collection_modifyitems(config, items):
     skip_triton = pytest.mark.skip(reason=f"no Triton for CPU tensors: {NO_TRITON}")
     skip_cubins = pytest.mark.skip(reason="machine code of every architecture: --cubins")
     skip_sources = pytest.mark.skip(reason="the CUDA sources executed and compiled: make cuda")
+    skip_transformers = pytest.mark.skip(reason="no transformers with accelerate")
     skip_compiler = pytest.mark.skip(reason="no C++ compiler")
     peers = {"compressed_tensors"}
     missing_peers = {
@@ -96,6 +98,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip_compiled)
         if "compiler" in item.keywords and not shutil.which(os.environ.get("CXX", "c++")):
             item.add_marker(skip_compiler)
+        if "transformers" in item.keywords and not TRANSFORMERS:
+            item.add_marker(skip_transformers)
         if "triton" in item.keywords and NO_TRITON:
             item.add_marker(skip_triton)
         if "cuda" in item.keywords and not torch.cuda.is_available():

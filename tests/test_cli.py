@@ -53,7 +53,7 @@ def refused(result) -> str:
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("info", "selftest", "demo"):
+    for command in ("info", "selftest", "demo", "verify", "prune"):
         assert command in result.output
 
 

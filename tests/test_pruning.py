@@ -319,6 +319,16 @@ def test_layers_that_do_not_fit_stay_dense_with_the_reason():
     assert "fc1" in str(pruning.prune(Digits()))
 
 
+def test_a_layer_tied_to_an_embedding_stays_dense_whichever_comes_first():
+    for names in (("embedding", "head"), ("head", "embedding")):
+        made = {"embedding": nn.Embedding(16, 8), "head": nn.Linear(8, 16, bias=False)}
+        made["head"].weight = made["embedding"].weight
+        model = nn.ModuleDict({name: made[name] for name in names})
+        (layer,) = pruning.prune(model)
+        assert layer.skipped == "shares its weight with embedding"
+        assert list(pruning.masks(model)) == []
+
+
 def test_a_convolution_is_two_of_four_along_its_input_channels():
     conv = nn.Sequential(nn.Conv2d(8, 16, 3))
     dense = conv[0].weight.detach().clone()

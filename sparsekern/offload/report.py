@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import json
 import statistics
 import time
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from .. import factory
 from . import ActivationOffload, offload_activations
 from .nets import NETS
 
@@ -191,17 +191,15 @@ def _load(settings: Settings, device: torch.device) -> tuple[nn.Module, Step]:
         model.to(device, settings.dtype)
         inputs, targets = net.batch(settings.batch, device, settings.dtype, size=settings.size)
         return model, lambda: net.loss(model, inputs, targets)
-    module, colon, name = settings.net.partition(":")
-    if not colon:
+    if ":" not in settings.net:
         raise ReportError(
             f"no net {settings.net!r}; it takes one of {', '.join(NETS)}, or package.module:factory, where factory() "
             "returns (model, step) and step() runs a forward pass and returns the loss"
         )
     try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ReportError(f"cannot import {settings.net}: {error}") from None
-    made = factory()
+        made = factory.call(settings.net)
+    except factory.FactoryError as error:
+        raise ReportError(str(error)) from error
     if not (
         isinstance(made, tuple)
         and len(made) == 2

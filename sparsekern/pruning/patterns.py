@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import ops
 
@@ -208,6 +209,10 @@ def layers(
     """
     pattern = parse(pattern)
     found, owner = [], {}
+    for name, module in model.named_modules():  # such as an embedding tied to the output layer
+        if not isinstance(module, (*PRUNABLE, parametrize.ParametrizationList)):
+            for parameter in module.parameters(recurse=False):
+                owner.setdefault(id(parameter), name)
     for name, module in model.named_modules():
         if not isinstance(module, PRUNABLE):
             continue
