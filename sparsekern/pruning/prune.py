@@ -105,11 +105,16 @@ def prune(
         mask = unmatrix(own.mask(scores), weight.shape)
         if (held := mask_of(layer.module)) is not None:
             mask &= held.mask
-        total = weight.abs().double().sum().item()
-        kept = weight[mask].abs().double().sum().item() / total if total else 1.0
+        report.append(pruned(layer.name, weight, mask, own))
         hold(layer.module, mask)
-        report.append(Pruned(layer.name, tuple(weight.shape), str(own), _share(mask), kept))
     return report
+
+
+def pruned(name: str, weight: Tensor, mask: Tensor, pattern: Pattern) -> Pruned:
+    """The line of the report for a weight, as it was, and the mask that it gets."""
+    total = weight.abs().double().sum().item()
+    kept = weight[mask].abs().double().sum().item() / total if total else 1.0
+    return Pruned(name, tuple(weight.shape), str(pattern), _share(mask), kept)
 
 
 def _share(mask: Tensor) -> float:
