@@ -216,7 +216,8 @@ def tables(found: dict[str, list[dict[str, float]]], runs: dict[str, Run]) -> li
                 net,
                 "Error on the 10,000 test digits in per cent, mean ± standard deviation. One training: "
                 f"{run.epochs} epochs of {run.digits:,} digits, batches of {run.batch}, SGD at "
-                f"{run.rate:g}, momentum 0.9, cosine. The first layer of the CNN has one input channel and stays dense, as does the last of both.",
+                f"{run.rate:g}, momentum 0.9, cosine. The first layer of the CNN has one input channel "
+                "and stays dense, as does the last of both.",
                 ["variant", "what it is", "error, %", "by seed"],
                 rows,
             )
