@@ -591,6 +591,17 @@ def test_pruned_models_train_on_and_pack(method):
     torch.testing.assert_close(packed(tokens()[0]), model(tokens()[0]), rtol=1e-4, atol=1e-5)
 
 
+def test_magnitude_runs_nothing():
+    model, calls = language_model(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(None))
+    want = copy.deepcopy(model)
+    prune_oneshot(model, [], "magnitude")
+    pruning.prune(want, filter_fn=lambda layer, name: name != "scores")
+    assert calls == []
+    for a, b in zip(model.state_dict().values(), want.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.cuda
 def test_activations_are_kept_where_they_are_told():
     model = language_model().cuda()

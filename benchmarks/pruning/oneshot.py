@@ -174,8 +174,8 @@ def tables(seeds: list[dict[str, float]], run: Run) -> list[Table]:
     words = (
         f"Here: per character, {int(seeds[0]['parameters']):,} parameters, {run.layers} blocks of width "
         f"{run.width}, AdamW, {run.steps:,} steps of {run.batch} x {run.size} characters; the linear layers "
-        f"of the blocks are pruned, with {run.samples} sequences of the training text; {run.read} sequences of the last tenth are read. Mean ± "
-        "standard deviation. The paper: per token, LLaMA-2-7B on WikiText."
+        f"of the blocks are pruned, with {run.samples} sequences of the training text; {run.read} "
+        "sequences of the last tenth are read. Mean ± standard deviation. The paper: per token, LLaMA-2-7B on WikiText."
     )
     columns = ["pattern", "method", "here", "over dense", "by seed", "paper", "over dense"]
     return [Table("Perplexity", words, columns, rows)]

@@ -17,6 +17,7 @@ Source: Sun et al. 2023, "A simple and effective pruning approach for large lang
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -39,7 +40,7 @@ from .patterns import (
     parse,
     unmatrix,
 )
-from .prune import Pruned, PruneReport, pruned
+from .prune import Pruned, PruneReport, left, pruned
 
 METHODS = ("wanda", "sparsegpt", "magnitude")
 # How much the damping grows where H has no Cholesky factor; the last is 1e4 times what was asked for.
@@ -118,14 +119,14 @@ def prune_oneshot(
         raise ValueError(
             f"prune_oneshot: pattern is {pattern}; {method} takes N:M, 2:4-transposable and density"
         )
-    if not percdamp > 0:
+    if not 0 < percdamp < math.inf:
         raise ValueError(f"prune_oneshot: percdamp takes a positive number, got {percdamp}")
     if blocksize < 1 or blocksize % _group(pattern):
         raise ValueError(
             f"prune_oneshot: blocksize is {blocksize}; it takes a multiple of {_group(pattern)}"
         )
-    batches = list(batches)
-    if not batches:
+    batches = [] if method == "magnitude" else list(batches)
+    if not batches and method != "magnitude":
         raise ValueError("prune_oneshot: batches is empty; it takes at least one")
     stacks = _stacks(model, blocks)
 
@@ -137,20 +138,19 @@ def prune_oneshot(
         if not skipped and method == "sparsegpt" and _other_parametrization(layer.module):
             skipped = "has another parametrization, so that its weight cannot be moved"
         fits[layer.module] = Layer(layer.name, layer.module, skipped)
-    report = {}
+    report: dict[str, Pruned] = {}
 
     def prune_block(block: nn.Module, run: Callable[[int], Any]) -> None:
-        mine = [fits[m] for m in block.modules() if m in fits and not fits[m].skipped]
-        mine = [layer for layer in mine if layer.name not in report]
+        mine = [fits[module] for module in block.modules() if module in fits]
+        mine = [layer for layer in mine if not layer.skipped and layer.name not in report]
         sums: dict[str, Tensor] = {}
-        if method != "magnitude":
-            with _summing(mine, sums, _squares if method == "wanda" else _hessian):
-                for i in range(len(batches)):
-                    run(i)
+        with _summing(mine, sums, _squares if method == "wanda" else _hessian):
+            for i in range(len(batches)):
+                run(i)
         for layer in mine:
             dense, inputs = layer.weight.clone(), sums.pop(layer.name, None)
             if inputs is None and method != "magnitude":
-                report[layer.name] = _dense(layer, "no batch calls it")
+                report[layer.name] = left(layer, "no batch calls it")
                 continue
             if inputs is not None and not inputs.isfinite().all():
                 raise ValueError(
@@ -172,12 +172,8 @@ def prune_oneshot(
             _prune_stack(model, stack, batches, forward, store, prune_block)
     for layer in fits.values():
         if layer.name not in report:
-            report[layer.name] = _dense(layer, layer.skipped or "outside the blocks")
+            report[layer.name] = left(layer, layer.skipped or "outside the blocks")
     return PruneReport(report[layer.name] for layer in fits.values())
-
-
-def _dense(layer: Layer, why: str) -> Pruned:
-    return Pruned(layer.name, tuple(layer.weight.shape), "", 1.0, 1.0, why)
 
 
 # ---- blocks ----
@@ -228,7 +224,7 @@ def _prune_stack(
     store: torch.device | str | None,
     prune_block: Callable[[nn.Module, Callable[[int], Any]], None],
 ) -> None:
-    if len(stack) == 1 or not _is_chain(model, stack, batches[0], forward):
+    if not batches or len(stack) == 1 or not _is_chain(model, stack, batches[0], forward):
         for block in stack:
             prune_block(block, lambda i: forward(model, batches[i]))
         return

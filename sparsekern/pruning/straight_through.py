@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from .masks import Mask, _own_class, mask_of
 from .patterns import Pattern, layers, matrix, parse, unmatrix
-from .prune import Pruned, PruneReport, pruned
+from .prune import PruneReport, left, pruned
 
 
 class _Function(torch.autograd.Function):
@@ -106,7 +106,7 @@ def straight_through(
         if not skipped and found is None and parametrize.is_parametrized(module, "weight"):
             skipped = "holds a mask" if mask_of(module) else "has another parametrization"
         if skipped:
-            report.append(Pruned(layer.name, tuple(layer.weight.shape), "", 1.0, 1.0, skipped))
+            report.append(left(layer, skipped))
             continue
         if found is not None:
             found.pattern, found.decay = pattern, decay
