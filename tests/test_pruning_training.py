@@ -201,6 +201,12 @@ def test_copies_are_copies():
     pruning.finalize(pruning.freeze_masks(copied))
     assert torch.equal(model(x), want)
     assert type(copied[0]) is nn.Linear
+    # The class that has a parametrized bias is its copies' too, until one of them gets more.
+    biased = net()
+    pruning.hold(biased[0], torch.ones(32, dtype=torch.bool), "bias")
+    want = biased(x)
+    pruning.straight_through(copy.deepcopy(biased))
+    assert torch.equal(biased(x), want)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "2:4-transposable", "density=0.25"])
