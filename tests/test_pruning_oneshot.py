@@ -291,6 +291,21 @@ def test_blocks_that_are_no_chain_are_seen():
     twice = nn.Sequential(chain[0], chain[1], chain[0])
     assert not oneshot._is_chain(twice, list(chain)[:2], x, oneshot.call)
 
+    class Told(nn.Linear):
+        def forward(self, x, place):
+            return super().forward(x)
+
+    told = nn.ModuleList(Told(8, 8) for _ in range(3))
+
+    def places(*which):
+        return lambda model, x: [x := b(x, place=p) for b, p in zip(model, which, strict=True)]
+
+    one, other = torch.zeros(1), torch.zeros(1)
+    for same in ((0, 0, 0), ("a", "a", "a"), (None,) * 3, (one, one, one)):
+        assert oneshot._is_chain(told, list(told), x, places(*same))
+    for different in ((0, 1, 2), (0, 0, False), (one, one, other), (None, None, one)):
+        assert not oneshot._is_chain(told, list(told), x, places(*different))
+
     class InPlace(nn.Linear):
         def forward(self, x):
             return super().forward(x.add_(1))

@@ -372,9 +372,6 @@ def _times_norms(module: nn.Module, squares: Tensor) -> Tensor:
 
 def _by_score(layer: Layer, scores: Tensor, pattern: Pattern, by_row: bool) -> Tensor:
     """The mask for these scores, of their shape; nothing that was dropped before comes back."""
-    held = mask_of(layer.module)
-    if held is not None:
-        scores = torch.where(held.mask, scores, 0)
     if by_row and isinstance(pattern, Density):
         rows = scores.flatten(1)
         keep = round(pattern.density * rows.shape[1])
@@ -384,6 +381,7 @@ def _by_score(layer: Layer, scores: Tensor, pattern: Pattern, by_row: bool) -> T
             mask = torch.full_like(scores, keep > 0, dtype=torch.bool)
     else:
         mask = unmatrix(pattern.mask(matrix(scores)), scores.shape)
+    held = mask_of(layer.module)
     return mask if held is None else mask & held.mask
 
 
