@@ -137,6 +137,7 @@ def test_bad_options_are_refused(module, arguments, message, command, capsys):
 def test_a_spread_is_of_a_sample():
     assert record.spread([1.0, 3.0]) == "2.00 ± 1.41"
     assert record.spread([1.0]) == "1.00"
+    assert record.spread([0.5, 0.5], sign="+") == "+0.50 ± 0.00"
 
 
 def test_perplexity_of_a_uniform_guess_is_the_number_of_symbols():

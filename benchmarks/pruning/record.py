@@ -117,9 +117,9 @@ def _progress() -> Iterator[tuple[Progress, bool]]:
         yield progress, console.is_terminal
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean ± standard deviation of a sample."""
-    mean = f"{fmean(values):.{digits}f}"
+def spread(values: list[float], digits: int = 2, sign: str = "") -> str:
+    """Mean ± standard deviation of a sample; "+" as `sign` shows it of what is above zero, too."""
+    mean = f"{fmean(values):{sign}.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
