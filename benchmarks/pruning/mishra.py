@@ -266,10 +266,9 @@ def main() -> int:
     found: dict[str, list[dict[str, float]]] = {}
     for part, values in kept.items():
         found.setdefault(part.rpartition("-")[0], []).append(values["result"])
-    minutes = sum(values["seconds"] for values in kept.values()) / 60
     words = [
         'Anchors: Mishra et al., "Accelerating Sparse Deep Neural Networks" (arXiv 2104.08378); Zhou et al., SR-STE '
-        f"(arXiv 2102.04010). {minutes:.0f} minutes; seeds 0 to {options.seeds - 1} decide weights, order"
+        f"(arXiv 2102.04010). Seeds 0 to {options.seeds - 1} decide weights, order"
         " and random masks."
     ]
     record.write(
@@ -279,6 +278,7 @@ def main() -> int:
         against(found),
         tables(found, runs),
         options,
+        kept,
         interrupted,
     )
     return 130 if interrupted else 0

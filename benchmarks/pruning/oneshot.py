@@ -199,10 +199,9 @@ def main() -> int:
     }
     kept, interrupted = record.measure(parts, options.work)
     seeds = [part["result"] for part in kept.values()]
-    minutes = sum(part["seconds"] for part in kept.values()) / 60
     words = [
         "Anchors: Sun et al., Wanda (arXiv 2306.11695), whose figures are beside ours; Frantar and Alistarh, "
-        f'"SparseGPT" (arXiv 2301.00774). {minutes:.0f} minutes; seeds 0 to {options.seeds - 1} decide weights, order '
+        f'"SparseGPT" (arXiv 2301.00774). Seeds 0 to {options.seeds - 1} decide weights, order '
         "and calibration."
     ]
     record.write(
@@ -212,6 +211,7 @@ def main() -> int:
         against(seeds),
         tables(seeds, run) if seeds else [],
         options,
+        kept,
         interrupted,
     )
     return 130 if interrupted else 0

@@ -80,7 +80,7 @@ def measure(
                 kept = json.loads(path.read_text()) if path.exists() else {}
                 if kept.get("settings") != settings:
                     progress.start_task(tasks[name])
-                    start = time.monotonic()
+                    revision, start = machine.revision(), time.monotonic()
 
                     def advance(words: str, name: str = name) -> None:
                         progress.update(tasks[name], advance=1, note=words)
@@ -90,6 +90,7 @@ def measure(
                     result = run(advance)
                     kept = {
                         "settings": settings,
+                        "revision": revision,
                         "seconds": time.monotonic() - start,
                         "result": result,
                     }
@@ -130,16 +131,19 @@ def write(
     against: list[str],
     tables: list[Table],
     options: argparse.Namespace,
+    kept: dict[str, dict],
     interrupted: bool,
 ) -> Path:
-    """The Markdown file: head, `against` the paper as a list, tables."""
+    """The Markdown file: head, `against` the paper as a list, tables; `kept` is of :func:`measure`."""
     m = machine.facts([options.threads])
     command = shlex.join(["python", "-m", f"benchmarks.pruning.{name}", *sys.argv[1:]])
     threads = f"{options.threads} thread" + ("s" if options.threads > 1 else "")
+    revisions = ", ".join(sorted({part["revision"] for part in kept.values()})) or m["revision"]
+    minutes = sum(part["seconds"] for part in kept.values()) / 60
     head = [
         f"# {m['date']}, {title}",
-        f"`{command}`: sparsekern {m['sparsekern']} at {m['revision']}, torch {m['torch']}, Python {m['python']}, "
-        f"{m['cpu']}, {threads}. The machine was shared; no figure here but the minutes depends on its speed.",
+        f"`{command}`: sparsekern {m['sparsekern']} at {revisions}, torch {m['torch']}, Python {m['python']}, "
+        f"{m['cpu']}, {threads}, {minutes:.0f} minutes. The machine was shared; no other figure depends on its speed.",
         *words,
     ]
     if options.quick:
