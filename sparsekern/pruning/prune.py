@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import hold, mask_of
-from .patterns import Pattern, layers, matrix, parse, unmatrix
+from .patterns import Layer, Pattern, layers, matrix, parse, unmatrix
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,29 @@ def prune(
         if not skipped:
             skipped = own.why_not(tuple(matrix(weight).shape)) or ""
         if skipped:
-            held = mask_of(layer.module)
-            density = 1.0 if held is None else _share(held.mask)
-            report.append(Pruned(layer.name, tuple(weight.shape), "", density, 1.0, skipped))
+            report.append(left(layer, skipped))
             continue
         scores = matrix(score(weight, layer.name))
         mask = unmatrix(own.mask(scores), weight.shape)
         if (held := mask_of(layer.module)) is not None:
             mask &= held.mask
-        total = weight.abs().double().sum().item()
-        kept = weight[mask].abs().double().sum().item() / total if total else 1.0
+        report.append(pruned(layer.name, weight, mask, own))
         hold(layer.module, mask)
-        report.append(Pruned(layer.name, tuple(weight.shape), str(own), _share(mask), kept))
     return report
+
+
+def pruned(name: str, weight: Tensor, mask: Tensor, pattern: Pattern) -> Pruned:
+    """The line of the report for a weight, as it was, and the mask that it gets."""
+    total = weight.abs().double().sum().item()
+    kept = weight[mask].abs().double().sum().item() / total if total else 1.0
+    return Pruned(name, tuple(weight.shape), str(pattern), _share(mask), kept)
+
+
+def left(layer: Layer, why: str) -> Pruned:
+    """The line of the report for a layer that stays as it is."""
+    held = mask_of(layer.module)
+    density = 1.0 if held is None else _share(held.mask)
+    return Pruned(layer.name, tuple(layer.weight.shape), "", density, 1.0, why)
 
 
 def _share(mask: Tensor) -> float:
