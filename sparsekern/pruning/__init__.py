@@ -5,9 +5,9 @@ from .oneshot import prune_oneshot
 from .patterns import NM, Density, Layer, Pattern, Quality, Transposable, layers, parse
 from .prune import Pruned, PruneReport, prune
 from .recipe import RecipeError
+from .straight_through import StraightThrough, freeze_masks, straight_through
 from .training import Interrupted, TrainingError, run_recipe
 from .verify import Verification, VerifiedLayer, verify
-from .straight_through import StraightThrough, freeze_masks, straight_through
 
 __all__ = [
     "NM",
@@ -21,8 +21,8 @@ __all__ = [
     "Pruned",
     "Quality",
     "RecipeError",
-    "TrainingError",
     "StraightThrough",
+    "TrainingError",
     "Transposable",
     "Verification",
     "VerifiedLayer",
