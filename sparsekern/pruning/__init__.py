@@ -2,6 +2,8 @@
 
 from .masks import Held, Mask, finalize, hold, mask_of, masks, sparsify
 from .patterns import NM, Density, Layer, Pattern, Quality, Transposable, layers, parse
+from .permutation import kept_magnitude, search_permutation
+from .permute import Permuted, PermuteReport, permute
 from .prune import Pruned, PruneReport, prune
 
 __all__ = [
@@ -11,16 +13,21 @@ __all__ = [
     "Layer",
     "Mask",
     "Pattern",
+    "PermuteReport",
+    "Permuted",
     "PruneReport",
     "Pruned",
     "Quality",
     "Transposable",
     "finalize",
     "hold",
+    "kept_magnitude",
     "layers",
     "mask_of",
     "masks",
     "parse",
+    "permute",
     "prune",
+    "search_permutation",
     "sparsify",
 ]

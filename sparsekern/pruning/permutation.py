@@ -42,17 +42,18 @@ def kept_magnitude(weight: Tensor, pattern: str | Pattern = "2:4") -> float:
     Args:
         weight: ``[rows, K]``, or a convolution's ``[out, in, *kernel]``, whose K are its input channels.
     """
-    n, m = _n_m("kept_magnitude", pattern)
+    n, m = n_of_m("kept_magnitude", pattern)
     rows = matrix(weight.detach()).abs()
     _check("kept_magnitude", rows, m)
-    return _kept(rows, n, m)
+    return top_sum(rows, n, m)
 
 
-def _kept(rows: Tensor, n: int, m: int) -> float:
+def top_sum(rows: Tensor, n: int, m: int) -> float:
+    """Of ``[rows, K]``, nothing negative: the n largest of every m columns, summed in fp64."""
     return rows.unflatten(1, (-1, m)).topk(n).values.sum(dtype=torch.float64).item()
 
 
-def _n_m(caller: str, pattern: str | Pattern) -> tuple[int, int]:
+def n_of_m(caller: str, pattern: str | Pattern) -> tuple[int, int]:
     pattern = parse(pattern)
     if not isinstance(pattern, NM):
         raise ValueError(f"{caller}: pattern is {str(pattern)!r}; it takes N:M, as in 2:4")
@@ -108,7 +109,7 @@ def search_permutation(
     >>> kept_magnitude(weight), kept_magnitude(weight[:, permutation])
     (19.0, 30.0)
     """
-    n, m = _n_m("search_permutation", pattern)
+    n, m = n_of_m("search_permutation", pattern)
     rows = matrix(weight.detach())
     _check("search_permutation", rows, m)
     if not budget_s >= 0:
@@ -138,7 +139,7 @@ def search_permutation(
     groups = order.view(-1, m).sort(dim=1).values
     permutation = groups[groups[:, 0].argsort()].flatten().to(rows.device)
     # Until here sums in fp32 decided.
-    better = _kept(rows[:, permutation].abs(), n, m) > _kept(rows.abs(), n, m)
+    better = top_sum(rows[:, permutation].abs(), n, m) > top_sum(rows.abs(), n, m)
     return permutation if better else identity
 
 
@@ -172,7 +173,7 @@ def _passes(columns: Tensor, n: int, m: int, budget: _Budget, rng: random.Random
     windows = math.ceil(K / WINDOW)
     last = PATIENCE * min(K, WINDOW)
     total = columns.sum(dtype=torch.float64).item()
-    kept = _kept(columns.T, n, m)
+    kept = top_sum(columns.T, n, m)
     patience = 0
     while not budget.over():
         rng.shuffle(groups)
