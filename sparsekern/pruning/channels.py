@@ -115,6 +115,7 @@ class State:
     tensor: Tensor
     layout: Layout
     names: list[str] = field(default_factory=list)
+    used: bool = False
 
 
 class Channels:
@@ -152,6 +153,9 @@ class Channels:
                 values[node] = fresh(_shape(node.meta.get("val")), "they are a constant")
             else:
                 values[node] = _call(node, values)
+        for state in self.states.values():
+            if not state.used:
+                _freeze_value(state.layout, "the examples do not reach them")
 
     def _placeholder(self, model: nn.Module, node: fx.Node, spec) -> Layout:
         if spec.kind is InputKind.PARAMETER:
@@ -169,6 +173,7 @@ class Channels:
                     for axes in (*other.layout, *state.layout):
                         freeze(axes, f"{other.names[0]} and {spec.target} share memory")
         state.names.append(spec.target)
+        state.used |= bool(node.users)
         return state.layout
 
 

@@ -43,9 +43,7 @@ def kept_magnitude(weight: Tensor, pattern: str | Pattern = "2:4") -> float:
         weight: ``[rows, K]``, or a convolution's ``[out, in, *kernel]``, whose K are its input channels.
     """
     n, m = n_of_m("kept_magnitude", pattern)
-    rows = matrix(weight.detach()).abs()
-    _check("kept_magnitude", rows, m)
-    return top_sum(rows, n, m)
+    return top_sum(_rows("kept_magnitude", weight, m).abs(), n, m)
 
 
 def top_sum(rows: Tensor, n: int, m: int) -> float:
@@ -60,13 +58,15 @@ def n_of_m(caller: str, pattern: str | Pattern) -> tuple[int, int]:
     return pattern.n, pattern.m
 
 
-def _check(caller: str, rows: Tensor, m: int) -> None:
-    if not rows.is_floating_point():
-        raise TypeError(f"{caller}: weight has dtype {rows.dtype}; it takes floating point")
-    if rows.dim() != 2 or rows.shape[1] % m:
+def _rows(caller: str, weight: Tensor, m: int) -> Tensor:
+    """``[rows, K]``, checked."""
+    if not weight.is_floating_point():
+        raise TypeError(f"{caller}: weight has dtype {weight.dtype}; it takes floating point")
+    if weight.dim() < 2 or weight.shape[1] % m:
         raise ValueError(
-            f"{caller}: weight has shape {tuple(rows.shape)} as [rows, K]; K must be a multiple of {m}"
+            f"{caller}: weight has shape {tuple(weight.shape)}; it takes [N, K, ...], K a multiple of {m}"
         )
+    return matrix(weight.detach())
 
 
 @torch.no_grad()
@@ -110,8 +110,7 @@ def search_permutation(
     (19.0, 30.0)
     """
     n, m = n_of_m("search_permutation", pattern)
-    rows = matrix(weight.detach())
-    _check("search_permutation", rows, m)
+    rows = _rows("search_permutation", weight, m)
     if not budget_s >= 0:
         raise ValueError(f"search_permutation: budget_s is {budget_s}; it takes seconds from 0 on")
     if steps is not None and steps < 0:
@@ -123,9 +122,9 @@ def search_permutation(
     largest = rows.abs().max().item() if rows.numel() else 0.0
     if not largest or rows.shape[1] <= m:
         return identity
-    # Scaled, so that no sum overflows, whatever the dtype.
-    wide = rows if rows.dtype is torch.float64 else rows.float()
-    columns = (wide / largest).abs().float().T.contiguous()
+    # So that no sum overflows, whatever the dtype.
+    scaled = (rows if rows.dtype is torch.float64 else rows.float()).abs() / largest
+    columns = scaled.T.to(torch.float32, copy=True).contiguous()
     bar = Progress(
         TextColumn("permutation"),
         BarColumn(),
@@ -139,7 +138,7 @@ def search_permutation(
     groups = order.view(-1, m).sort(dim=1).values
     permutation = groups[groups[:, 0].argsort()].flatten().to(rows.device)
     # Until here sums in fp32 decided.
-    better = top_sum(rows[:, permutation].abs(), n, m) > top_sum(rows.abs(), n, m)
+    better = top_sum(scaled[:, permutation], n, m) > top_sum(scaled, n, m)
     return permutation if better else identity
 
 
