@@ -150,7 +150,7 @@ def test_progress_is_shown_where_it_is_asked_for(capsys):
     search_permutation(torch.randn(4, 8), steps=2)
     assert capsys.readouterr().err == ""
     search_permutation(torch.randn(4, 8), steps=2, progress=True)
-    assert "of the magnitude" in capsys.readouterr().err
+    assert "of the magnitude gained" in capsys.readouterr().err
 
 
 # ---- nets ----

@@ -16,9 +16,11 @@ Wide matrices are searched in windows of whole groups, taken anew at random in e
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -33,7 +35,7 @@ WINDOW = 128
 TENURE = (2, 8)  # steps; longer ones find less on matrices of 64 columns
 # Steps without a better order after which a window is left, per column: the last pass's.
 PATIENCE = 32
-_BLOCK = 1 << 16  # elements of a temporary: the cache of a core
+_BLOCK = 1 << 18  # elements of a temporary: the cache of a core
 
 
 def kept_magnitude(weight: Tensor, pattern: str | Pattern = "2:4") -> float:
@@ -43,12 +45,22 @@ def kept_magnitude(weight: Tensor, pattern: str | Pattern = "2:4") -> float:
         weight: ``[rows, K]``, or a convolution's ``[out, in, *kernel]``, whose K are its input channels.
     """
     n, m = n_of_m("kept_magnitude", pattern)
-    return top_sum(_rows("kept_magnitude", weight, m).abs(), n, m)
+    return top_sum(_rows("kept_magnitude", weight, m).abs().T, n, m)
 
 
-def top_sum(rows: Tensor, n: int, m: int) -> float:
-    """Of ``[rows, K]``, nothing negative: the n largest of every m columns, summed in fp64."""
-    return rows.unflatten(1, (-1, m)).topk(n).values.sum(dtype=torch.float64).item()
+def top_sum(columns: Tensor, n: int, m: int) -> float:
+    """Of ``[K, rows]``, nothing negative: the n largest of every m columns, summed in fp64."""
+    groups = columns.unflatten(0, (-1, m)).unbind(1)
+    return sum(x.sum(dtype=torch.float64).item() for x in _largest(groups, n))
+
+
+def _largest(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Of tensors of one shape, element by element: the largest, the next, ..."""
+    left = list(tensors)
+    for i in range(count):
+        for j in range(i + 1, len(left)):
+            left[i], left[j] = torch.maximum(left[i], left[j]), torch.minimum(left[i], left[j])
+    return left[:count]
 
 
 def n_of_m(caller: str, pattern: str | Pattern) -> tuple[int, int]:
@@ -88,7 +100,7 @@ def search_permutation(
 
     Args:
         weight: ``[rows, K]``, or a convolution's ``[out, in, *kernel]``, whose K are its input channels;
-            any floating point dtype and device. Searched in fp32.
+            any floating point dtype and device. Searched in fp64 if it is, otherwise in fp32.
         pattern: N:M; K must be a multiple of M.
         budget_s: seconds after which the search ends; 0 gives the order as it is.
         steps: exchanges after which the search ends.
@@ -105,7 +117,7 @@ def search_permutation(
     Source: Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021, for the problem.
 
     >>> weight = torch.tensor([[9.0, 8, 7, 6, 1, 1, 1, 1]])
-    >>> permutation = search_permutation(weight)
+    >>> permutation = search_permutation(weight, steps=100)
     >>> kept_magnitude(weight), kept_magnitude(weight[:, permutation])
     (19.0, 30.0)
     """
@@ -124,22 +136,32 @@ def search_permutation(
         return identity
     # So that no sum overflows, whatever the dtype.
     scaled = (rows if rows.dtype is torch.float64 else rows.float()).abs() / largest
-    columns = scaled.T.to(torch.float32, copy=True).contiguous()
+    columns = scaled.T.contiguous()
+    before = top_sum(columns, n, m)
     bar = Progress(
         TextColumn("permutation"),
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[kept]:.3%} of the magnitude"),
+        TextColumn("{task.fields[gained]:.3%} of the magnitude gained"),
         console=Console(stderr=True),
         disable=not progress,
     )
-    with bar:
+    with bar, _one_thread():
         order = _passes(columns, n, m, _Budget(start, budget_s, steps, bar), random.Random(seed))
     groups = order.view(-1, m).sort(dim=1).values
     permutation = groups[groups[:, 0].argsort()].flatten().to(rows.device)
-    # Until here sums in fp32 decided.
-    better = top_sum(scaled[:, permutation], n, m) > top_sum(scaled, n, m)
-    return permutation if better else identity
+    return permutation if top_sum(columns, n, m) > before else identity
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Its tensors are small: two threads gain little, and where they share a core with others lose it all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Budget:
@@ -148,21 +170,21 @@ class _Budget:
     def __init__(self, start: float, seconds: float, steps: int | None, bar: Progress) -> None:
         self.start, self.seconds = start, seconds
         self.steps_left = math.inf if steps is None else steps
-        self.bar, self.task = bar, bar.add_task("", total=seconds, kept=0.0)
+        self.bar, self.task = bar, bar.add_task("", total=seconds, gained=0.0)
 
     def over(self) -> bool:
         return self.steps_left <= 0 or time.monotonic() - self.start >= self.seconds
 
-    def show(self, kept: float) -> None:
-        """`kept`: as a share."""
-        self.bar.update(self.task, completed=time.monotonic() - self.start, kept=kept)
+    def show(self, gained: float) -> None:
+        """`gained`: as a share of the magnitude."""
+        self.bar.update(self.task, completed=time.monotonic() - self.start, gained=gained)
 
 
 def _passes(columns: Tensor, n: int, m: int, budget: _Budget, rng: random.Random) -> Tensor:
     """All windows, again and again: the first pass only climbs, each later one has twice the patience.
 
     Args:
-        columns: fp32 ``[K, rows]``, magnitudes; put into the order found.
+        columns: fp32 or fp64 ``[K, rows]``, magnitudes; put into the order found.
 
     Returns:
         int64 ``[K]``, on the CPU.
@@ -172,8 +194,7 @@ def _passes(columns: Tensor, n: int, m: int, budget: _Budget, rng: random.Random
     windows = math.ceil(K / WINDOW)
     last = PATIENCE * min(K, WINDOW)
     total = columns.sum(dtype=torch.float64).item()
-    kept = top_sum(columns.T, n, m)
-    patience = 0
+    patience, all_gained = 0, 0.0
     while not budget.over():
         rng.shuffle(groups)
         gained = 0.0
@@ -187,8 +208,8 @@ def _passes(columns: Tensor, n: int, m: int, budget: _Budget, rng: random.Random
             order[at] = order[at[best]]
             columns[at.to(columns.device)] = columns[at[best].to(columns.device)]
             gained += gain
-            budget.show((kept + gained) / total)
-        kept += gained
+            budget.show((all_gained + gained) / total)
+        all_gained += gained
         if patience >= last and not gained:
             break
         patience = min(last, max(16, 2 * patience))
@@ -199,7 +220,7 @@ class _Window:
     """Whole groups, and what every exchange between them gains.
 
     Args:
-        columns: fp32 ``[k, rows]``, magnitudes; it keeps them in its order.
+        columns: fp32 or fp64 ``[k, rows]``, magnitudes; it keeps them in its order.
     """
 
     def __init__(self, columns: Tensor, n: int, m: int) -> None:
@@ -217,8 +238,8 @@ class _Window:
         n, m = self.n, self.m
         at = (groups[:, None] * m + torch.arange(m, device=groups.device)).flatten()
         w = self.columns[at].view(len(groups), m, -1)
-        top = w.sort(dim=1, descending=True).values
-        last, next_ = top[:, n - 1 : n], top[:, n : n + 1]
+        top = torch.stack(_largest(w.unbind(1), n + 1), 1)
+        last, next_ = top[:, n - 1 : n], top[:, n:]
         kept = top[:, :n].sum((1, 2))
         # Beside a column that is kept stand n-1 other kept ones, and the n-th largest is the next.
         rest = kept[:, None] - torch.maximum(w, last).sum(2)

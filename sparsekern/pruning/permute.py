@@ -21,6 +21,10 @@ from .permutation import n_of_m, search_permutation, top_sum
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+# A step of a search takes as long as this many rows do, however few there are.
+_STEP_ROWS = 1024
+
+
 @dataclass(frozen=True)
 class Permuted:
     """What :func:`permute` did to one layer.
@@ -83,7 +87,7 @@ def permute(
         pattern: ``"2:4"`` or any ``"N:M"``.
         filter_fn: called with (layer, its name); a layer with False is not to be pruned and has no say in
             the order.
-        budget_s: seconds for all searches together, shared out by the number of weights.
+        budget_s: seconds for all searches together, shared out by the size of the layers.
         steps: exchanges of two columns after which each search ends, so that the result does not depend
             on the machine's speed.
 
@@ -237,6 +241,9 @@ class _Work:
     def _rows(self, number: int) -> Tensor:
         return matrix(self.layers[number].weight)
 
+    def _kept(self, number: int) -> float:
+        return top_sum(self._rows(number).abs().T, self.pattern.n, self.pattern.m)
+
     def kept(self) -> list[float]:
         """The share of each layer's magnitude that the pattern keeps."""
         shares = []
@@ -244,7 +251,7 @@ class _Work:
             rows = self._rows(number).abs()
             fits = rows.shape[1] % self.pattern.m == 0 and rows.is_floating_point()
             total = rows.sum(dtype=torch.float64).item() if fits else 0.0
-            shares.append(top_sum(rows, self.pattern.n, self.pattern.m) / total if total else 1.0)
+            shares.append(self._kept(number) / total if total else 1.0)
         return shares
 
     def order(
@@ -252,11 +259,11 @@ class _Work:
     ) -> None:
         """Search the order of every axis that layers read, and make it."""
         deadline = time.monotonic() + budget_s
-        weights = {
-            axis: sum(self.layers[r].weight.numel() for r in readers)
+        shares = {
+            axis: sum(self.layers[r].weight.numel() for r in readers) + _STEP_ROWS * axis.size
             for axis, readers in self.readers.items()
         }
-        left = sum(weights.values())
+        left = sum(shares.values())
         bar = Progress(
             TextColumn("permute {task.description}"),
             BarColumn(),
@@ -269,7 +276,7 @@ class _Work:
             task = bar.add_task("", total=len(self.readers))
             for axis, readers in self.readers.items():
                 bar.update(task, description=self.layers[readers[0]].name)
-                seconds = max(0.0, deadline - time.monotonic()) * weights[axis] / left
+                seconds = max(0.0, deadline - time.monotonic()) * shares[axis] / left
                 permutation = search_permutation(
                     self._together(axis, readers),
                     self.pattern,
@@ -277,7 +284,7 @@ class _Work:
                     steps=steps,
                     seed=seed,
                 )
-                left -= weights[axis]
+                left -= shares[axis]
                 why = self._make(axis, moves, permutation)
                 for number in readers:
                     self.why[number] = why
@@ -307,10 +314,9 @@ class _Work:
             for number, layer in enumerate(self.layers)
             if axis in inputs.get(id(layer.module.weight), ()) and not layer.skipped
         ]
-        n, m = self.pattern.n, self.pattern.m
-        made, before = len(moves.done), sum(top_sum(self._rows(i).abs(), n, m) for i in moved)
+        made, before = len(moves.done), sum(map(self._kept, moved))
         moves.make(axis, self.states, permutation)
-        if sum(top_sum(self._rows(i).abs(), n, m) for i in moved) < before * (1 - 1e-12):
+        if sum(map(self._kept, moved)) < before * (1 - 1e-12):
             moves.undo(made)
             return "a layer that reads the same channels flattened would keep less"
         return ""

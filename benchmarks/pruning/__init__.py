@@ -1,0 +1,1 @@
+"""Pruning: the papers' tables."""
