@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsekern import pruning
 from sparsekern.pruning import channels, kept_magnitude, permutation, permute, search_permutation
-from sparsekern.pruning.channels import Channels, leaves
+from sparsekern.pruning.channels import Axis, Channels, freeze, leaves, unify
 from sparsekern.pruning.permute import _Moves
 
 # ---- the search ----
@@ -507,6 +507,34 @@ def test_layers_that_the_examples_do_not_reach():
     assert report[-1].skipped == "its input channels stay: the examples do not reach them"
 
 
+def test_dropout_that_is_always_on_keeps_its_places():
+    model = filled(lambda: Net(
+        lambda net, x: net.b(F.dropout(net.a(x))), a=nn.Linear(12, 16), b=nn.Linear(16, 4)
+    ))  # fmt: skip
+    report = permute(model, torch.randn(3, 12).double(), steps=20)
+    assert report[1].skipped.endswith("they pass an op that may mix them (dropout)")
+
+
+def test_axes_of_very_deep_nets():
+    axes = [Axis(8) for _ in range(5000)]
+    for later, earlier in itertools.pairwise(reversed(axes)):
+        unify([later], [earlier], "")
+    assert axes[0].leaves() == [axes[-1]]
+    freeze([axes[2500]], "why")
+    assert axes[0].leaves()[0].frozen == "why"
+
+
+def test_axes_that_are_cut():
+    whole = Axis(12)
+    unify([whole], [Axis(3), Axis(4)], "")
+    halves = whole.leaves()
+    assert [half.size for half in halves] == [3, 4]
+    assert not any(half.frozen for half in halves)
+    # 12 as 3 x 4 is no 4 x 3.
+    unify([whole], [Axis(4), Axis(3)], "across")
+    assert [half.frozen for half in halves] == ["across", "across"]
+
+
 def test_memory_that_parameters_share_stays():
     model = filled(mlp)
     model[0].bias = nn.Parameter(model[3].weight.data.view(-1)[:16])
@@ -526,9 +554,11 @@ def test_a_model_that_holds_masks_is_refused():
         permute(model, torch.randn(3, 12).double())
 
 
-def test_patterns_that_no_order_helps_are_refused():
+def test_patterns_that_no_order_helps_and_budgets_that_are_none_are_refused():
     with pytest.raises(ValueError, match="takes N:M"):
         permute(mlp(), torch.randn(3, 12), "density=0.5")
+    with pytest.raises(ValueError, match="budget_s is -1"):
+        permute(mlp(), torch.randn(3, 12), budget_s=-1)
 
 
 def unchanged(model, was):

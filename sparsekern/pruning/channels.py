@@ -37,11 +37,14 @@ class Axis:
 
     def leaves(self) -> list[Axis]:
         """What it was found to be: itself, the axis it is one with, or its parts, outer first."""
-        if self._same is not None:
-            return self._same.leaves()
-        if self._parts:
-            return [leaf for part in self._parts for leaf in part.leaves()]
-        return [self]
+        axis = self
+        while axis._same is not None:
+            axis = axis._same
+        if axis is not self:
+            self._same = axis  # so that chains stay short
+        if axis._parts:
+            return [leaf for part in axis._parts for leaf in part.leaves()]
+        return [axis]
 
     def join(self, other: Axis) -> None:
         """Both, leaves of the same size, are one from now on."""
@@ -95,8 +98,9 @@ def reshape(layout: Layout, shape: Sequence[int], reason: str) -> Layout:
     for size in shape:
         dim: Dim = []
         while size != 1:
-            if not axes or math.gcd(axes[0].size, size) != min(axes[0].size, size) or not size:
-                freeze(leaves(a for d in layout for a in d), reason)
+            smaller, larger = sorted((axes[0].size, size)) if axes else (0, size)
+            if not smaller or larger % smaller:
+                freeze((axis for dim in layout for axis in dim), reason)
                 return fresh(shape, reason)
             if axes[0].size > size:
                 axes[0].cut(size)
@@ -130,6 +134,7 @@ class Channels:
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.states: dict[int, State] = {}
+        self._storages: dict[int, State] = {}
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it would hide the layers in one op
         try:
@@ -168,17 +173,14 @@ class Channels:
         state = self.states.get(id(tensor))
         if state is None:
             state = self.states[id(tensor)] = State(tensor, fresh(tensor.shape))
-            for other in self.states.values():
-                if other is not state and _share_memory(other.tensor, tensor):
+            if tensor.numel():
+                other = self._storages.setdefault(tensor.untyped_storage().data_ptr(), state)
+                if other is not state:
                     for axes in (*other.layout, *state.layout):
                         freeze(axes, f"{other.names[0]} and {spec.target} share memory")
         state.names.append(spec.target)
         state.used |= bool(node.users)
         return state.layout
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _shape(value) -> list[int]:
@@ -315,8 +317,8 @@ def pointwise(call: Call) -> Layout:
 )
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax")
 def same(call: Call) -> Layout:
-    """Softmax mixes, but does not mind the order."""
-    return call.x
+    """Softmax mixes, but does not mind the order; dropout that is always on draws by place."""
+    return unknown(call) if call.of.get("train") else call.x
 
 
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "scalar_tensor")

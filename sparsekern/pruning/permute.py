@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,8 +93,8 @@ def permute(
             on the machine's speed.
 
     Raises:
-        ValueError: the pattern is no N:M, the model holds masks already, or a weight to be ordered has
-            NaNs or infinities.
+        ValueError: the pattern is no N:M, the model holds masks already, a weight to be ordered has NaNs
+            or infinities, or a budget is negative.
         RuntimeError: torch.export cannot follow the model, or outputs were not what they were.
 
     Source: Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021.
@@ -104,6 +105,8 @@ def permute(
     (True, "its input channels stay: they are the model's input")
     """
     n, m = n_of_m("permute", pattern)
+    if not budget_s >= 0:
+        raise ValueError(f"permute: budget_s is {budget_s}; it takes seconds from 0 on")
     held = next(masks(model), None)
     if held is not None:
         raise ValueError(
@@ -230,9 +233,9 @@ class _Work:
         axis, m = axes[-1], self.pattern.m
         if axis.size % m == 0 and not axis.frozen:
             return axis
-        free = [a for a in axes[:-1] if not a.frozen]
+        free = [place for place, outer in enumerate(axes) if not outer.frozen]
         if axis.frozen and free:
-            block = state.tensor.shape[1] // axes[0].size
+            block = math.prod(inner.size for inner in axes[free[-1] + 1 :])
             return f"its input is flattened: channels are blocks of {block} columns"
         if axis.frozen:
             return f"its input channels stay: {axis.frozen}"
