@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.pruning import permutation as benchmark
 from sparsekern import pruning
 from sparsekern.pruning import channels, kept_magnitude, permutation, permute, search_permutation
 from sparsekern.pruning.channels import Axis, Channels, freeze, leaves, unify
@@ -628,3 +629,31 @@ def test_random_outputs_are_compared_at_one_seed():
     report = permute(model, x, steps=20)
     assert not report[1].skipped
     assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- the benchmark ----
+
+
+def test_the_benchmark_writes_its_table(tmp_path, monkeypatch):
+    path = tmp_path / "table.md"
+    options = ["--budgets", "0.2", "--seeds", "2", "--scale-budgets", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["permutation", *options])
+    threads = torch.get_num_threads()
+    try:
+        assert benchmark.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    text = path.read_text()
+    for cell in (
+        "| 4083.169 |",
+        "| 2852.377 | 0.0 |",
+        "| sparsekern, 0.2 s |",
+        "| 35.5 | 0.013 s |",
+    ):
+        assert cell in text
+
+
+def test_the_benchmark_insists_on_the_matrix(monkeypatch):
+    monkeypatch.setattr(benchmark, "the_matrix", lambda: torch.rand(128, 64))
+    with pytest.raises(RuntimeError, match="not the matrix"):
+        benchmark.anchor([0.1], 1)
