@@ -288,7 +288,10 @@ class _Work:
                     seed=seed,
                 )
                 left -= shares[axis]
-                why = self._make(axis, moves, permutation)
+                if torch.equal(permutation.cpu(), torch.arange(axis.size)):
+                    why = f"no better order was found in {seconds:.1f} s"
+                else:
+                    why = self._make(axis, moves, permutation)
                 for number in readers:
                     self.why[number] = why
                 bar.advance(task)
@@ -305,8 +308,6 @@ class _Work:
 
     def _make(self, axis: Axis, moves: _Moves, permutation: Tensor) -> str:
         """Reorder, unless that is worse for layers that read the axis flattened; the reason if not."""
-        if torch.equal(permutation.cpu(), torch.arange(axis.size)):
-            return "no better order was found"
         inputs = {
             id(state.tensor): leaves(state.layout[1])
             for state in self.states
