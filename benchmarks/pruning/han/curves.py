@@ -45,7 +45,5 @@ def plans(quick: bool) -> list[Plan]:
         for penalty in PENALTIES
         for density in densities
     ]
-    iterative = Plan(
-        "curve-l2-iterative", 0, tuple(stage(d, "l2") for d in densities), start="l2"
-    )
+    iterative = Plan("curve-l2-iterative", 0, tuple(stage(d, "l2") for d in densities), start="l2")
     return [*at_once, iterative]

@@ -10,12 +10,8 @@ epoch: a run that was stopped or killed goes on when it is started again, and en
 from __future__ import annotations
 
 import argparse
-import datetime
-import itertools
-import platform
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,10 +26,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-import sparsekern as sk
-from benchmarks.cpu import machine
 from sparsekern import demo
-from sparsekern.info import cpu_name
 
 from . import curves
 from .nets import NETS, Net, stages
@@ -60,7 +53,8 @@ def digits(options: argparse.Namespace) -> demo.Digits:
     found = synthetic() if options.synthetic else demo.load_npz(options.data / "mnist.npz")
     if options.quick:
         found = demo.Digits(
-            found.source, *(part[:1000] for part in (found.x_train, found.y_train, found.x_test, found.y_test))
+            found.source,
+            *(part[:1000] for part in (found.x_train, found.y_train, found.x_test, found.y_test)),
         )
     return found
 

@@ -174,7 +174,9 @@ def train(
             if stage.prune:
                 prune(model, stage.prune)
             state.records.append(
-                asdict(Record(stage.name, density(model), error(model, images.x_test, images.y_test)))
+                asdict(
+                    Record(stage.name, density(model), error(model, images.x_test, images.y_test))
+                )
             )
         with frozen(model, KINDS[stage.frozen]):
             optimizer = torch.optim.SGD(
