@@ -10,8 +10,14 @@ epoch: a run that was stopped or killed goes on when it is started again, and en
 from __future__ import annotations
 
 import argparse
+import datetime
+import itertools
+import json
+import platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,11 +32,16 @@ from rich.progress import (
 )
 from torch import Tensor
 
+import sparsekern as sk
+from benchmarks.cpu import machine
 from sparsekern import demo
+from sparsekern.info import cpu_name
+from sparsekern.pruning import mask_of, sensitivity
 
-from . import curves
+from . import curves, figures, report
 from .nets import NETS, Net, stages
-from .train import Images, Plan, State, train
+from .tables import measured, model_of
+from .train import Images, Plan, State, error, train
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -123,6 +134,57 @@ def with_progress(trainings: Trainings, console: Console) -> None:
                 print(f"{done}/{trainings.epochs} epochs: {name}", file=sys.stderr, flush=True)
 
 
+# ---- what comes of them ----
+
+
+def results(trainings: Trainings, options: argparse.Namespace, console: Console) -> report.Results:
+    found = report.Results(facts(options, trainings.data.source))
+    for name, net in NETS.items():
+        of = images(net, trainings.data)
+        for seed in range(options.seeds):
+            found.measured.append(measured(net, seed, trainings.states[f"{name}-{seed}"], of))
+        model = model_of(net, trainings.states[f"{name}-0"].models["dense"])
+        named = {layer.module: layer.name for layer in net.layers}
+        scan = sensitivity(
+            model, lambda m, of=of: error(m, of.x_test, of.y_test), progress=console.is_terminal
+        )
+        found.densities = scan.densities
+        found.sensitivity[name] = {named[module]: values for module, values in scan.layers.items()}
+    found.curves, found.dense = points(trainings)
+    share = first_mask(trainings).float().mean(0).view(28, 28)
+    middle = share[:, 7:21].mean().item()
+    found.bands = (middle, 2 * share.mean().item() - middle)
+    return found
+
+
+def points(trainings: Trainings) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
+    """Figure 5: label to points of share pruned away and error; label to the error of the dense nets."""
+    found: dict[str, list[tuple[float, float]]] = {label: [] for label in figures.STYLES}
+    for plan in trainings.curves:
+        for record in trainings.states[plan.name].records:
+            pruned = 1 - record["density"]
+            if plan.name == "curve-l2-iterative":
+                found["L2, pruned and retrained in rounds"].append((pruned, record["error"]))
+            elif plan.start:
+                found[f"{plan.start.upper()}, no retraining"].append((pruned, record["pruned"]))
+                found[f"{plan.start.upper()}, retrained"].append((pruned, record["error"]))
+    l1, l2 = (trainings.states[name].records[0] for name in ("curve-l1", f"{curves.NET.name}-0"))
+    return found, {"dense by L2": l2["error"], "dense by L1": l1["error"]}
+
+
+def first_mask(trainings: Trainings) -> Tensor:
+    """Of fc1 of LeNet-300-100, seed 0."""
+    model = model_of(curves.NET, trainings.states[f"{curves.NET.name}-0"].model)
+    return mask_of(model[0]).mask
+
+
+def pictures(found: report.Results, trainings: Trainings, path: Path) -> None:
+    """Beside `path`, its ending replaced."""
+    figures.mask(first_mask(trainings), path.with_name(f"{path.stem}-mask.png"))
+    figures.curves(found.curves, found.dense, path.with_name(f"{path.stem}-curves.png"))
+    figures.sensitivities(found, path.with_name(f"{path.stem}-sensitivity.png"))
+
+
 # ---- the command ----
 
 
@@ -154,6 +216,29 @@ def parsed() -> argparse.Namespace:
     return options
 
 
+def facts(options: argparse.Namespace, source: str) -> dict[str, str | int]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": options.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sparsekern": sk.__version__,
+        "revision": machine.revision(),
+        "seeds": options.seeds,
+        "data": source,
+        "quick": int(options.quick),
+        "command": shlex.join(["python", "-m", "benchmarks.pruning.han", *sys.argv[1:]]),
+    }
+
+
+def default_path(date: str) -> Path:
+    """A dated file that is not there yet."""
+    stems = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    paths = (RESULTS / f"{date}-pruning-han{s}.md" for s in stems)
+    return next(path for path in paths if not path.exists())
+
+
 def main() -> int:
     options = parsed()
     torch.set_num_threads(options.threads)
@@ -161,7 +246,14 @@ def main() -> int:
     trainings = Trainings(options, digits(options))
     try:
         with_progress(trainings, console)
+        found = results(trainings, options, console)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    path = options.out or default_path(found.facts["date"])
+    path.write_text(report.markdown(found, path.stem))
+    path.with_suffix(".json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+    pictures(found, trainings, path)
+    report.show(found)
+    print(f"written to {path}", file=sys.stderr)
     return 0
