@@ -23,8 +23,9 @@ from sparsekern.pruning import CONV, FC, Density, Quality
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are never installed
-nets, training, run = (
-    importlib.import_module(f"benchmarks.pruning.han.{name}") for name in ("nets", "train", "run")
+nets, training, run, tables, report = (
+    importlib.import_module(f"benchmarks.pruning.han.{name}")
+    for name in ("nets", "train", "run", "tables", "report")
 )
 
 
@@ -666,3 +667,242 @@ def test_a_broken_file_is_refused_wherever_it_breaks(tmp_path):
         assert sum(v.numel() for v in state.values()) <= want
     with pytest.raises(FileNotFoundError):
         pruning.load_relative(tmp_path / "none")
+
+
+# ---- the trainings ----
+
+
+def tiny_net():
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 10)
+    )
+
+
+def tiny_images(n=24):
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.rand(n, 1, 8, 8, generator=generator), torch.arange(n) % 10
+    return training.Images(x, y, x, y)
+
+
+TINY = training.Plan(
+    "tiny",
+    3,
+    (
+        training.Stage("dense", 2, 0.1, l1=1e-3),
+        training.Stage("round 1, fc", 2, 0.05, {"4": "density=0.3"}, "conv"),
+        training.Stage("round 1, conv", 1, 0.05, {"0": "density=0.5"}, "fc"),
+    ),
+    batch=8,
+)
+
+
+def trained(path, plan=TINY, start=None):
+    return list(training.train(plan, tiny_net, tiny_images(), path, start))[-1]
+
+
+def equal(a, b):
+    """Bit for bit, whatever they hold; what a clock says apart."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_a_killed_training_ends_in_the_same_bits(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole.pt")
+    assert [r["stage"] for r in whole.records] == ["dense", "round 1, fc", "round 1, conv"]
+    step, left = training.F.cross_entropy, [0]
+
+    def counted(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(training.F, "cross_entropy", counted)
+    for killed_at in range(1, 16):  # five epochs of three steps
+        path = tmp_path / f"{killed_at}.pt"
+        left[0] = killed_at
+        with pytest.raises(KeyboardInterrupt):
+            trained(path)
+        path.with_suffix(".part").write_bytes(b"cut off")
+        torch.manual_seed(killed_at)  # another process, another state
+        assert equal(vars(trained(path)), vars(whole))
+    assert equal(vars(training.State.load(tmp_path / "7.pt", TINY)), vars(whole))
+    # One that is done is only read.
+    left[0] = 1
+    assert equal(vars(trained(tmp_path / "whole.pt")), vars(whole))
+
+
+def test_the_order_of_images_and_the_seed_decide(tmp_path):
+    other = trained(tmp_path / "a.pt", replace(TINY, seed=4))
+    assert not equal(other.model, trained(tmp_path / "b.pt").model)
+
+
+def test_a_curve_begins_with_the_net_of_another_training(tmp_path):
+    dense = trained(tmp_path / "a.pt").models["dense"]
+    plan = training.Plan("curve", 0, (training.Stage("0.1", 1, 0.0, {"4": "density=0.1"}),))
+    state = trained(tmp_path / "b.pt", plan, dense)
+    mask = state.model["4.parametrizations.weight.0.mask"]
+    assert torch.equal(mask, Density(0.1).mask(dense["4.weight"].abs()))
+    assert torch.equal(state.model["4.parametrizations.weight.original"], dense["4.weight"])
+    assert state.records[0]["density"] == pytest.approx((27 + 108) / (27 + 1080))
+
+
+def test_frozen_kinds_and_pruned_weights_stand_still(tmp_path):
+    state = trained(tmp_path / "a.pt")
+    dense, fc, conv = (state.models[s.name] for s in TINY.stages)
+    assert torch.equal(fc["0.weight"], dense["0.weight"])
+    original = "4.parametrizations.weight.original"
+    assert not torch.equal(fc[original], dense["4.weight"])
+    assert torch.equal(conv[original], fc[original])
+    assert not torch.equal(conv["0.parametrizations.weight.original"], fc["0.weight"])
+    assert [round(r["density"], 2) for r in state.records] == [1.0, 0.32, 0.31]
+
+
+def test_other_settings_and_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    trained(path)
+    with pytest.raises(ValueError, match="is of other settings"):
+        training.State.load(path, replace(TINY, batch=4))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is no checkpoint of this"):
+        training.State.load(path, TINY)
+
+
+# ---- the nets and the tables ----
+
+
+def test_both_nets_reach_a_twelfth_with_the_papers_sizes():
+    for net in nets.NETS.values():
+        model = net.build()
+        weights = [model.get_submodule(layer.module).weight.numel() for layer in net.layers]
+        alive = sum(round(n * layer.density) for n, layer in zip(weights, net.layers, strict=True))
+        biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
+        assert (sum(weights) + biases) / (alive + biases) >= 12.0
+        for n, layer in zip(weights, net.layers, strict=True):
+            assert layer.density <= (layer.paper.kept + 0.5) / 100
+            assert 2 * n * layer.places == pytest.approx(layer.paper.flop, rel=0.02)
+        assert model(net.inputs(torch.rand(2, 784))).shape == (2, 10)
+
+
+def test_the_papers_tables_add_up_as_ours_do():
+    """Act% of a total is by outputs after pooling, FLOP% by FLOP; a layer's is its Weights% by the Act% before."""
+    outputs = {"lenet-300-100": (300, 100, 10), "lenet-5": (20 * 144, 50 * 16, 500, 10)}
+    for net in nets.NETS.values():
+        papers, counts = [layer.paper for layer in net.layers], outputs[net.name]
+        act = sum(p.act * n for p, n in zip(papers, counts, strict=True)) / sum(counts)
+        assert act == pytest.approx(net.total.act, abs=0.5)
+        flop = sum(p.flop for p in papers)
+        kept = sum(p.flop_kept * p.flop for p in papers) / flop
+        assert kept == pytest.approx(net.total.flop_kept, abs=0.5)
+        for before, layer in itertools.pairwise(papers):
+            assert layer.kept * before.act / 100 == pytest.approx(layer.flop_kept, abs=2.5)
+
+
+def test_rows_of_a_table_by_hand():
+    layer = nets.NETS["lenet-300-100"].layers[0]
+    net = replace(
+        nets.NETS["lenet-300-100"],
+        layers=(replace(layer, module="0", output="1"), replace(layer, module="2", output="2")),
+    )
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, 0]]))
+        model[0].bias.zero_()
+        model[2].weight.copy_(torch.tensor([[1.0, 0, 0, 0]]))
+        model[2].bias.fill_(1.0)
+    first, second, total = tables.rows(net, model, torch.tensor([[1.0, 2], [1, 0]]))
+    assert (first.weights, first.flop, first.kept, first.flop_kept) == (8, 16, 3 / 8, 3 / 8)
+    assert first.act == 3 / 8  # of the eight outputs 1, 0, 2, 0 and 1, 0, 0, 0
+    assert (second.act, second.kept, second.flop_kept) == (1.0, 1 / 4, 3 / 32)
+    assert (total.weights, total.flop, total.kept) == (12, 24, 4 / 12)
+    assert total.act == pytest.approx((3 / 8 * 4 + 1) / 5)
+    assert total.flop_kept == pytest.approx((16 * 3 / 8 + 8 * 3 / 32) / 24)
+
+
+def test_mean_and_deviation():
+    assert report.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert report.spread([1.5]) == "1.50"
+    assert report.percent([0.01, 0.02], "{:.1f}") == "1.5 ± 0.7"
+
+
+def test_rounds_of_lenet_5_take_turns():
+    found = nets.stages(nets.NETS["lenet-5"])
+    assert [(s.name, s.frozen, sorted(s.prune)) for s in found[:3]] == [
+        ("dense", "", []),
+        ("round 1, fc", "conv", ["7", "9"]),
+        ("round 1, conv", "fc", ["0", "3"]),
+    ]
+    assert found[-2].prune["7"] == "density=0.077"
+    assert {s.rate for s in found[1:]} == {found[0].rate / 10}
+
+
+def started(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+    return run.main()
+
+
+def test_the_command_stops_goes_on_and_writes_its_report(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("safetensors")
+    out, work = tmp_path / "table.md", tmp_path / "work"
+    arguments = ("--synthetic", "--quick", "--seeds", 1, "--work", work, "--out", out)
+    epochs, left = training._epoch, [3]
+
+    def stopped(*given):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        epochs(*given)
+
+    monkeypatch.setattr(training, "_epoch", stopped)
+    assert started(monkeypatch, *arguments) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not out.exists()
+    assert started(monkeypatch, *arguments) == 0
+    assert left[0] == 3 - 3 - (18 - 2)  # of 18 epochs two were done, and the third began again
+    text = out.read_text()
+    for words in ("made-up images", "Quick", "Table 2: LeNet-300-100", "Table 3: LeNet-5", "12.2x"):
+        assert words in text
+    for name in ("mask", "curves", "sensitivity"):
+        assert f"(table-{name}.png)" in text
+        assert 0 < (tmp_path / f"table-{name}.png").stat().st_size < 150_000
+    assert len(json.loads(out.with_suffix(".json").read_text())["measured"]) == 2
+    assert "nan" not in text
+
+
+@pytest.mark.data
+def test_mnist_in_quick_form(monkeypatch, tmp_path, mnist_path):
+    """A thousand real digits, five epochs a stage: pruned to a twelfth and retrained, most are still known."""
+    arguments = ["", "--quick", "--data", str(mnist_path.parent), "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    net = nets.NETS["lenet-300-100"]
+    images = run.images(net, run.digits(run.parsed()))
+    stages = tuple(replace(stage, epochs=5, rate=0.05) for stage in nets.stages(net))
+    plan = training.Plan("quick", 0, stages, batch=32)
+    *_, state = training.train(plan, net.build, images, tmp_path / "quick.pt")
+    dense, last = state.records[0], state.records[-1]
+    assert last["density"] == pytest.approx(0.0807, abs=1e-3)
+    assert dense["error"] < 0.2
+    assert last["error"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "nowhere"], "there is no mnist.npz"),
+        (["--synthetic", "--seeds", "0"], "--seeds is 0; it takes numbers from 1 on"),
+        (["--synthetic", "--threads", "0"], "--threads is 0; it takes numbers from 1 on"),
+        (["--synthetic", "--out", "nowhere/table.md"], "there is no such folder"),
+    ],
+)
+def test_what_cannot_be_is_refused(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        run.parsed()
+    assert exit_.value.code == 2
+    assert words in capsys.readouterr().err
