@@ -422,6 +422,11 @@ def test_an_average_over_padding_is_no_constant_even_if_a_shift_makes_it_zero():
 REFUSED = {
     "softmax": (nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2)), (4,), "not known"),
     "layer norm": (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), (4,), "not known"),
+    "pool": (
+        nn.Sequential(nn.Linear(4, 4), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 2)),
+        (4, 4),
+        "not known",
+    ),
     "groups": (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)), (4, 3, 3), "groups"),
     "no flatten": (nn.Sequential(nn.Conv2d(1, 4, 1), nn.Linear(4, 2)), (1, 4, 4), "nn.Flatten"),
     "tokens": (nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(12, 2)), (3, 4), "do not make"),

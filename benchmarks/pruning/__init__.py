@@ -1,1 +1,1 @@
-"""The papers on pruning, repeated on nets that train here: `python -m benchmarks.pruning.han` and others."""
+"""Pruning: the papers' tables."""

@@ -167,17 +167,19 @@ class _Joint:
             kind = type(module)
             if kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
                 flat = True
-            elif kind in BATCH_NORMS and module.track_running_stats:
-                norms.append((name, module, flat and isinstance(layer, nn.Conv2d)))
-            elif kind not in (*ELEMENTWISE, *POOLS, *DROPOUTS):
+            elif (
+                kind is (nn.BatchNorm1d if flat else nn.BatchNorm2d) and module.track_running_stats
+            ):
+                norms.append((name, module, flat))
+            elif kind not in (*ELEMENTWISE, *DROPOUTS, *(() if flat else POOLS)):
                 return f"{name}, {module}, is not known to act on each neuron alone"
         if flat != isinstance(reader, nn.Linear):
             return "from a convolution to a linear layer it takes one nn.Flatten(), elsewhere none"
         features = reader.weight.shape[1]
         if features % neurons or (not isinstance(layer, nn.Conv2d) and features != neurons):
             return f"{neurons} neurons do not make the {features} inputs of the next layer"
-        for name, norm, spread in norms:
-            if norm.num_features != (features if spread else neurons):
+        for name, norm, after in norms:
+            if norm.num_features != (features if after else neurons):
                 return f"{name} normalises another number of features"
         return ""
 
@@ -236,7 +238,7 @@ class _Joint:
             elif isinstance(module, BATCH_NORMS):
                 statistics = (module.running_mean, module.running_var, module.weight, module.bias)
                 c = nn.functional.batch_norm(c[None], *statistics, eps=module.eps)[0]
-            elif isinstance(module, nn.Flatten) and isinstance(self.layer, nn.Conv2d):
+            elif isinstance(module, nn.Flatten) and len(c) == neurons:
                 c = c.repeat_interleave(places)
             elif isinstance(module, nn.AvgPool2d) and not _even(module) and c.any():
                 # A shift behind it may make the inner ones 0 again, but not the ones at the border.

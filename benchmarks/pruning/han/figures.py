@@ -41,12 +41,12 @@ def mask(kept: Tensor, path: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 3.6), width_ratios=[3, 1], layout="constrained"
     )
-    left.imshow(kept, cmap="Greys", interpolation="nearest", aspect="auto")
+    left.imshow(kept.numpy(), cmap="Greys", interpolation="nearest", aspect="auto")
     left.set_xticks(range(0, 785, 28), [str(i) if i % 112 == 0 else "" for i in range(0, 785, 28)])
     left.set_xlabel("input pixel, a mark at each of the 28 rows of the image", fontsize=8)
     left.set_ylabel("neuron", fontsize=8)
     _plain(left, "Weights of fc1 that are kept, black")
-    share = kept.float().mean(0).view(28, 28)
+    share = kept.float().mean(0).view(28, 28).numpy()
     image = right.imshow(share, cmap="Blues", vmin=0)
     figure.colorbar(image, ax=right, pad=0.02).ax.tick_params(labelsize=8)
     _plain(right, "Share kept of each pixel's weights")
