@@ -252,7 +252,7 @@ class _Joint:
 
     def _stays(self, dead: Tensor, reason: str) -> None:
         if dead.any():
-            self.dead.kept += self.alive[dead.cpu()].tolist()
+            self.dead.kept = sorted({*self.dead.kept, *self.alive[dead.cpu()].tolist()})
             self.dead.reason = reason
 
     def _all_but_one(self, dead: Tensor) -> Tensor:

@@ -281,17 +281,15 @@ def _regularisation(results: Results) -> list[str]:
 def head(results: Results) -> str:
     f = results.facts
     threads = f"{f['threads']} thread" + ("s" if f["threads"] != 1 else "")
-    seconds = sum(m.seconds for m in results.measured)
     lines = [
         f"# {f['date']}, pruning LeNets as Han et al. 2015",
         f"`{f['command']}`: sparsekern {f['sparsekern']} at {f['revision']}, torch {f['torch']}, Python {f['python']}, "
-        f"{f['cpu']}, {threads}, seeds 0 to {f['seeds'] - 1}, {f['data']}. The trainings of the two nets took "
-        f"{seconds / 60:.0f} minutes on a machine that others used too. Sums in another order change the errors by "
-        "a few images.",
+        f"{f['cpu']}, {threads}, seeds 0 to {f['seeds'] - 1}, {f['data']}. Sums in another order change the "
+        "errors by a few images.",
         'Anchor: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (arXiv 1506.02626).',
         *(
             f"{net.title}: SGD of momentum 0.9, batch 128, L2 5e-4, {net.epochs} epochs at {net.rate:g} falling "
-            f"linearly to 0, retraining at a tenth of that. Densities of the layers: "
+            f"linearly to 0, retraining at a tenth of that and with L2 {net.retrain_l2:g}. Densities of the layers: "
             f"{', '.join(f'{layer.name} {layer.density:g}' for layer in net.layers)}, in three rounds that each keep "
             f"the same share."
             for net in NETS.values()
