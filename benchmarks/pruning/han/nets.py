@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -134,21 +134,24 @@ NETS = {
 
 
 def stages(net: Net, quick: bool = False) -> tuple[Stage, ...]:
-    """Train, then in each round prune and retrain; dense layers and convolutions in turn where there are both."""
+    """Train, then in each round prune and retrain.
+
+    Where there are both, dense layers and convolutions take turns, and after the last round once more.
+    """
     layers = {layer.module: f"density={layer.density}" for layer in net.layers}
-    conv = [layer.module for layer in net.layers if layer.name.startswith("conv")]
-    found = [Stage("dense", 1 if quick else net.epochs, net.rate)]
+    conv = {layer.module for layer in net.layers if layer.name.startswith("conv")}
+    rate, l2 = net.rate / 10, net.retrain_l2
+    found = [Stage("dense", net.epochs, net.rate)]
     for i, patterns in enumerate(plan(layers, ROUNDS), 1):
         last = i == ROUNDS
         texts = {name: str(pattern) for name, pattern in patterns.items()}
         if not conv:
-            epochs = 1 if quick else 15 if last else 5
-            found.append(Stage(f"round {i}", epochs, net.rate / 10, texts, l2=net.retrain_l2))
+            found.append(Stage(f"round {i}", 15 if last else 5, rate, texts, l2=l2))
             continue
         for kind, other, epochs in (("fc", "conv", 3 if last else 2), ("conv", "fc", 1 + last)):
             own = {name: text for name, text in texts.items() if (name in conv) == (kind == "conv")}
-            name = f"round {i}, {kind}"
-            found.append(
-                Stage(name, 1 if quick else epochs, net.rate / 10, own, other, l2=net.retrain_l2)
-            )
-    return tuple(found)
+            found.append(Stage(f"round {i}, {kind}", epochs, rate, own, other, l2=l2))
+    if conv:
+        found.append(Stage("again, fc", 6, rate, frozen="conv", l2=l2))
+        found.append(Stage("again, conv", 3, rate, frozen="fc", l2=l2))
+    return tuple(replace(stage, epochs=1) if quick else stage for stage in found)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks.cpu.report import Table
 
-from .nets import NETS, Net
+from .nets import NETS, Net, stages
 from .tables import Measured
 
 PARAMETERS = {"lenet-300-100": "267K to 22K, 12x", "lenet-5": "431K to 36K, 12x"}  # table 1
@@ -59,7 +59,7 @@ def errors(results: Results) -> Table:
         "net",
         "seed",
         "dense",
-        "after the last pruning",
+        "pruned",
         "retrained",
         "parameters",
         "rate",
@@ -69,7 +69,7 @@ def errors(results: Results) -> Table:
         "Error before and after",
         "Wrong of the 10,000 test images, in percent; parameters that are not zero, biases counted. The last "
         "line of a net is the mean ± the standard deviation over the seeds. The column in the middle is "
-        "after the last of three rounds has pruned and before it retrains.",
+        "the worst right after a pruning in the last of three rounds, before it retrains.",
         columns,
     )
     for name, net in NETS.items():
@@ -82,28 +82,26 @@ def errors(results: Results) -> Table:
 
 
 def _errors(found: list[Measured]) -> list[str]:
-    pruned = [m.records[-1]["pruned"] for m in found]
-    return [percent(m.before for m in found), percent(pruned), percent(m.after for m in found)]
+    return [percent(v) for v in zip(*((m.before, m.pruned, m.after) for m in found), strict=True)]
 
 
 def _rates(found: list[Measured]) -> list[str]:
     return [f"{found[0].parameters:,} to {found[0].alive:,}", f"{min(m.rate for m in found):.1f}x"]
 
 
-def stages(results: Results, net: Net) -> Table:
+def rounds(results: Results, net: Net) -> Table:
     table = Table(
         f"{net.title}: the rounds",
-        "Mean over the seeds: share of weights that are not zero, error after pruning and after retraining. "
-        "The first line is the first training.",
-        ["stage", "weights", "pruned", "trained"],
+        "Mean over the seeds: share of weights that are not zero, error after pruning and after training. "
+        "A stage that trains one kind of layer has the other kind fixed.",
+        ["stage", "epochs", "weights", "pruned", "trained"],
     )
-    for records in zip(*(m.records for m in results.of(net.name)), strict=True):
-        first = records[0]["stage"] == "dense"
-        pruned = "" if first else percent(r["pruned"] for r in records)
-        shares = f"{100 * records[0]['density']:.1f}%"
-        table.rows.append(
-            [records[0]["stage"], shares, pruned, percent(r["error"] for r in records)]
-        )
+    plan = stages(net, bool(results.facts["quick"]))
+    for stage, *records in zip(plan, *(m.records for m in results.of(net.name)), strict=True):
+        pruned = percent(r["pruned"] for r in records) if stage.prune else ""
+        share = f"{100 * records[0]['density']:.1f}%"
+        trained = percent(r["error"] for r in records)
+        table.rows.append([stage.name, str(stage.epochs), share, pruned, trained])
     return table
 
 
@@ -305,7 +303,7 @@ def head(results: Results) -> str:
 def tables(results: Results) -> list[Table]:
     found = [errors(results)]
     for net in NETS.values():
-        found += [layers(results, net), stages(results, net)]
+        found += [layers(results, net), rounds(results, net)]
     return [*found, storage(results), dead(results), curves(results), sensitivity(results)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern import pruning
 
-from .nets import Net
+from .nets import ROUNDS, Net
 from .train import Images, State, error, restore
 
 
@@ -105,6 +105,11 @@ class Measured:
     @property
     def before(self) -> float:
         return self.records[0]["error"]
+
+    @property
+    def pruned(self) -> float:
+        """The worst right after a pruning of the last round."""
+        return max(r["pruned"] for r in self.records if r["stage"].startswith(f"round {ROUNDS}"))
 
     @property
     def after(self) -> float:
