@@ -48,8 +48,8 @@ class Net:
     Attributes:
         before, after: top-1 error in percent, table 1.
         rate: of the first training by SGD; retraining has a tenth, as in section 4.1.
-        retrain_l2: the penalty while it retrains. LeNet-300-100 ended at 1.62% with 5e-4 and at 1.51% with
-            none (seed 0, 12x): a net of a twelfth of the weights has less to be held back from.
+        retrain_l2: the penalty while it retrains. LeNet-300-100, seed 0, 20 epochs of retraining: 2e-3 ends at
+            2.08%, 5e-4 at 1.62%, none at 1.51%. A twelfth of the weights has less to be held back from.
     """
 
     name: str
