@@ -286,6 +286,18 @@ def test_sensitivity_plots_a_curve_per_layer():
     assert [line.get_label() for line in axes.lines] == ["0", "2", "none pruned"]
 
 
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    for package in ("matplotlib.pyplot", "safetensors"):
+        monkeypatch.setitem(sys.modules, package, None)
+    result = pruning.sensitivity(dense_net(), lambda m: 1.0, [0.5])
+    with pytest.raises(ImportError, match="plot needs matplotlib: pip install matplotlib"):
+        result.plot()
+    with pytest.raises(ImportError, match="save_relative needs safetensors: pip install"):
+        pruning.save_relative(dense_net(), tmp_path / "a")
+    with pytest.raises(ImportError, match="load_relative needs safetensors: pip install"):
+        pruning.load_relative(tmp_path / "a")
+
+
 # ---- dead neurons ----
 
 
@@ -564,7 +576,6 @@ def stored_net():
 
 @pytest.mark.parametrize("finalized", [False, True])
 def test_a_file_gives_the_state_back_bit_for_bit(tmp_path, finalized):
-    pytest.importorskip("safetensors")
     model = stored_net()
     want = pruning.finalize(copy.deepcopy(model))
     path = tmp_path / "pruned.safetensors"
@@ -593,7 +604,6 @@ def test_a_file_gives_the_state_back_bit_for_bit(tmp_path, finalized):
 
 
 def test_bits_can_be_chosen_and_ties_are_stored(tmp_path):
-    pytest.importorskip("safetensors")
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     model[1].weight = model[0].weight
     with torch.no_grad():
@@ -643,7 +653,6 @@ def encodings(**change):
     ],
 )
 def test_a_changed_file_is_refused(tmp_path, tensors, metadata, message):
-    pytest.importorskip("safetensors")
     pruning.save_relative(stored_net(), tmp_path / "a")
     changed = rewritten(tmp_path / "a", tmp_path / "b", tensors, metadata)
     with pytest.raises(ValueError, match=message):
@@ -651,7 +660,6 @@ def test_a_changed_file_is_refused(tmp_path, tensors, metadata, message):
 
 
 def test_a_broken_file_is_refused_wherever_it_breaks(tmp_path):
-    pytest.importorskip("safetensors")
     path = tmp_path / "a"
     pruning.save_relative(stored_net(), path)
     whole = path.read_bytes()
@@ -857,7 +865,6 @@ def started(monkeypatch, *arguments):
 
 def test_the_command_stops_goes_on_and_writes_its_report(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("safetensors")
     out, work = tmp_path / "table.md", tmp_path / "work"
     arguments = ("--synthetic", "--quick", "--seeds", 1, "--work", work, "--out", out)
     epochs, left = training._epoch, [3]
