@@ -88,6 +88,8 @@ def sensitivities(found: Results, path: Path) -> None:
         Sensitivity(dense, found.densities, named).plot(axes)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="minor", labelsize=7)
         axes.set_ylabel("test error, %", fontsize=8)
         axes.grid(color=GRID, lw=0.7)
         _plain(axes, f"{NETS[name].title}: one layer pruned, no retraining")

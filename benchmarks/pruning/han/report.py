@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks.cpu.report import Table
 
-from .nets import NETS, Net, stages
+from .nets import NETS, ROUNDS, Net, stages
 from .tables import Measured
 
 PARAMETERS = {"lenet-300-100": "267K to 22K, 12x", "lenet-5": "431K to 36K, 12x"}  # table 1
@@ -93,15 +93,16 @@ def rounds(results: Results, net: Net) -> Table:
     table = Table(
         f"{net.title}: the rounds",
         "Mean over the seeds: share of weights that are not zero, error after pruning and after training. "
-        "A stage that trains one kind of layer has the other kind fixed.",
-        ["stage", "epochs", "weights", "pruned", "trained"],
+        "A stage that trains one kind of layer has the other kind fixed. The paper retrains at a tenth.",
+        ["stage", "epochs", "rate", "L2", "weights", "pruned", "trained"],
     )
     plan = stages(net, bool(results.facts["quick"]))
     for stage, *records in zip(plan, *(m.records for m in results.of(net.name)), strict=True):
         pruned = percent(r["pruned"] for r in records) if stage.prune else ""
         share = f"{100 * records[0]['density']:.1f}%"
         trained = percent(r["error"] for r in records)
-        table.rows.append([stage.name, str(stage.epochs), share, pruned, trained])
+        how = [str(stage.epochs), f"{stage.rate:g}", f"{stage.l2:g}"]
+        table.rows.append([stage.name, *how, share, pruned, trained])
     return table
 
 
@@ -247,7 +248,7 @@ def against_the_paper(results: Results) -> list[str]:
         worst = max(by_layer, key=lambda layer: by_layer[layer][at])
         lines.append(
             f"**Sensitivity.** At a density of {results.densities[at]:g} {NETS[name].title} suffers most from "
-            f"`{worst}`, {100 * by_layer[worst][at]:.2f}. In the paper it is the first convolution."
+            f"`{worst}`, {100 * by_layer[worst][at]:.2f}. In the paper, of AlexNet, it is the first convolution."
         )
     return lines
 
@@ -286,10 +287,9 @@ def head(results: Results) -> str:
         "errors by a few images.",
         'Anchor: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (arXiv 1506.02626).',
         *(
-            f"{net.title}: SGD of momentum 0.9, batch 128, L2 5e-4, {net.epochs} epochs at {net.rate:g} falling "
-            f"linearly to 0, retraining at a tenth of that and with L2 {net.retrain_l2:g}. Densities of the layers: "
-            f"{', '.join(f'{layer.name} {layer.density:g}' for layer in net.layers)}, in three rounds that each keep "
-            f"the same share."
+            f"{net.title}: SGD of momentum 0.9, batch 128, each stage at a rate that falls linearly to 0; densities "
+            f"{', '.join(f'{layer.name} {layer.density:g}' for layer in net.layers)}, in {ROUNDS} rounds that each "
+            f"keep the same share."
             for net in NETS.values()
         ),
     ]
