@@ -25,7 +25,7 @@ def test_the_table_is_what_the_back_ends_declare():
 
 
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
-    (first, _), (second, _) = CODE.findall(README)
+    (first, _), (second, _), (third, _) = CODE.findall(README)
     monkeypatch.chdir(tmp_path)
     names = {}  # the second goes on where the first ends
     exec(compile(first, "README.md", "exec"), names)
@@ -38,6 +38,13 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     exec(compile(second, "README.md", "exec"), names)
     assert "1 zvc" in capsys.readouterr().out
     assert names["mlp"][0].weight.grad is not None
+
+    exec(compile(third, "README.md", "exec"), names)
+    assert [type(layer).__name__ for layer in names["packed"]] == [
+        "SparseLinear",
+        "ReLU",
+        "SparseLinear",
+    ]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if CODE.search((ROOT / p).read_text())])
