@@ -199,6 +199,15 @@ def short(**changed):
     return {"stages": [train, {"do": "prune", "pattern": "2:4"}, {"do": "retrain"}]}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """With several, MKL's gradients of weights depend on where in memory they lie."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run that nothing stopped."""
