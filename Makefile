@@ -53,7 +53,8 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(FORMATTED)
 
 # The tests of the kernels on a core built with the address and undefined-behaviour sanitizers. The copy of the package
-# in build/sanitize/site comes first on the path; both runtimes are loaded before Python, which knows neither.
+# in build/sanitize/site comes first on the path, which the conftest.py up here would put the source tree before; both
+# runtimes are loaded before Python, which knows neither.
 SANITIZE := build/sanitize
 sanitize: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZE) -G Ninja -DSPARSEKERN_SANITIZE=ON \
@@ -65,7 +66,7 @@ sanitize: $(VENV)/installed
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:log_path=$(CURDIR)/$(SANITIZE)/report \
 	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZE)/report \
-	  $(BIN)/pytest -n $(JOBS) --sanitized -m "not triton" tests/test_formats_24.py tests/test_linear_24.py tests/test_linear_24_backward.py tests/test_zvc.py \
+	  $(BIN)/pytest -n $(JOBS) --sanitized --confcutdir=tests -m "not triton" tests/test_formats_24.py tests/test_linear_24.py tests/test_linear_24_backward.py tests/test_zvc.py \
 	  tests/test_fuzz.py tests/test_threads.py tests/test_reference.py || { cat $(SANITIZE)/report.* ; exit 1; }
 
 # The core without Python, by every compiler here, on this CPU and on emulated ones; every buffer at a guard page.
