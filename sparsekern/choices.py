@@ -55,18 +55,29 @@ def expands(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.d
     return measured(op, N, K, dtype, device).get(bucket(M), 0.0) >= WORTH
 
 
+def anything() -> bool:
+    """Whether anything was measured at all; where nothing was, no layer need look further."""
+    return bool(_read_table())
+
+
 def measured(op: str, N: int, K: int, dtype: torch.dtype, device: torch.device) -> dict[int, float]:
     """Bucket of M to the packed product's time over that of expanding; empty where nothing was measured."""
+    if device.type not in ("cpu", "cuda"):
+        return {}
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     key = op, N, K, dtype, device, threads
     found = _found.get(key)
     if found is None:
-        global _table
-        if _table is None:
-            _table = _merged(read(SHIPPED), read(path()))
-        entries = _table.get(device_name(device), {}).get(product(op, N, K, dtype), {})
+        entries = _read_table().get(device_name(device), {}).get(product(op, N, K, dtype), {})
         found = _found[key] = {int(M): ratio for M, ratio in entries.items()}
     return found
+
+
+def _read_table() -> Table:
+    global _table
+    if _table is None:
+        _table = _merged(read(SHIPPED), read(path()))
+    return _table
 
 
 def product(op: str, N: int, K: int, dtype: torch.dtype) -> str:

@@ -301,21 +301,19 @@ class SparseLinear(nn.Module):
         y = _linear_24_prepacked(x.to(self._dtype), packed, self.out_features, self.bias)
         return y if y.dtype is torch.float64 else y.to(torch.get_autocast_dtype(device))
 
-    def _measured(self) -> dict[int, float]:
-        """What `sparsekern tune` found for this layer: see choices.measured."""
-        weight = self._buffers["packed"] if self.prepacked else self._buffers["meta"]
-        if weight.device.type not in ("cpu", "cuda"):
-            return {}
-        op = "linear_24_prepacked" if self.prepacked else "linear_24"
-        dtype = self._dtype if self.prepacked else self.values.dtype
-        K = _padded(self.in_features)
-        return choices.measured(op, self.out_features, K, dtype, weight.device)
+    def _product(self) -> tuple[str, int, int, torch.dtype, torch.device]:
+        """What :mod:`choices <sparsekern.choices>` knows the layer's product by: op, N, K, dtype and device."""
+        if self.prepacked:
+            op, dtype, weight = "linear_24_prepacked", self._dtype, self._buffers["packed"]
+        else:
+            op, dtype, weight = "linear_24", self.values.dtype, self._buffers["meta"]
+        return op, self.out_features, _padded(self.in_features), dtype, weight.device
 
     def _expands(self, x: Tensor) -> bool:
-        measured = self._measured()
-        if not measured:
+        if not choices.anything():
             return False
-        return measured.get(choices.bucket(x.shape[:-1].numel()), 0.0) >= choices.WORTH
+        op, *rest = self._product()
+        return choices.expands(op, x.shape[:-1].numel(), *rest)
 
     def explain(self, M: int) -> str:
         """What :meth:`forward` does for an input of `M` tokens in inference, and why.
@@ -323,10 +321,9 @@ class SparseLinear(nn.Module):
         >>> print(SparseLinear(64, 64).explain(16))
         M = 16: linear_24, the packed product; expanding was not measured here (sparsekern tune 16x64x64)
         """
-        op = "linear_24_prepacked" if self.prepacked else "linear_24"
-        ratio = self._measured().get(choices.bucket(M))
+        op, _, K, *_ = product = self._product()
+        ratio = choices.measured(*product).get(choices.bucket(M))
         if ratio is None:
-            K = _padded(self.in_features)
             how = f"sparsekern tune {M}x{self.out_features}x{K}"
             return f"M = {M}: {op}, the packed product; expanding was not measured here ({how})"
         words = f"around M = {choices.bucket(M)} expanding was measured {ratio:.2f} times as fast as the packed product"

@@ -21,13 +21,15 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from .patterns import NM, Pattern, matrix, parse
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Columns searched at a time. Measured on 2 x86 cores: wider windows find more in each step and take
 # longer for it; from 1024 columns on 64, 128 and 256 come to the same in the same time.
@@ -138,19 +140,25 @@ def search_permutation(
     scaled = (rows if rows.dtype is torch.float64 else rows.float()).abs() / largest
     columns = scaled.T.contiguous()
     before = top_sum(columns, n, m)
-    bar = Progress(
+    with _bar(progress) as bar, _one_thread():
+        order = _passes(columns, n, m, _Budget(start, budget_s, steps, bar), random.Random(seed))
+    groups = order.view(-1, m).sort(dim=1).values
+    permutation = groups[groups[:, 0].argsort()].flatten().to(rows.device)
+    return permutation if top_sum(columns, n, m) > before else identity
+
+
+def _bar(shown: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
         TextColumn("permutation"),
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[gained]:.3%} of the magnitude gained"),
         console=Console(stderr=True),
-        disable=not progress,
+        disable=not shown,
     )
-    with bar, _one_thread():
-        order = _passes(columns, n, m, _Budget(start, budget_s, steps, bar), random.Random(seed))
-    groups = order.view(-1, m).sort(dim=1).values
-    permutation = groups[groups[:, 0].argsort()].flatten().to(rows.device)
-    return permutation if top_sum(columns, n, m) > before else identity
 
 
 @contextlib.contextmanager
