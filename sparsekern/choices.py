@@ -25,8 +25,6 @@ from pathlib import Path
 
 import torch
 
-from .info import cpu_name
-
 VERSION = 1
 WORTH = 1.05  # expanding has to be so many times faster
 LARGEST = 8192  # from here on all M share a bucket
@@ -90,6 +88,7 @@ def device_name(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.major}.{properties.minor}"
     from . import backends
+    from .info import cpu_name  # here: it draws tables too, which takes a tenth of a second to load
 
     cpu = backends.load("cpu")
     tier = "reference" if cpu.unavailable(device) else cpu.isa()

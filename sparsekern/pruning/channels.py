@@ -17,13 +17,10 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch import fx
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
 
 
 class Axis:
@@ -136,8 +133,6 @@ class Channels:
     """
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        import torch.export  # here: it takes longer than all of this library
-
         self.states: dict[int, State] = {}
         self._storages: dict[int, State] = {}
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -168,8 +163,6 @@ class Channels:
                 _freeze_value(state.layout, "the examples do not reach them")
 
     def _placeholder(self, model: nn.Module, node: fx.Node, spec) -> Layout:
-        from torch.export.graph_signature import InputKind
-
         if spec.kind is InputKind.PARAMETER:
             tensor = model.get_parameter(spec.target)
         elif spec.kind is InputKind.BUFFER:
@@ -265,7 +258,7 @@ def _call(node: fx.Node, values: dict) -> Layout | list[Layout]:
         return values[node.args[0]][node.args[1]]
 
     def lay(arg):
-        if isinstance(arg, torch.fx.Node):
+        if isinstance(arg, fx.Node):
             return _Value(values[arg])
         return [lay(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
 
