@@ -8,28 +8,22 @@ package, ``sparsekern/choices.json``, for devices that were measured::
     {"version": 1, "choices": {"AMD EPYC, avx2, threads: 2": {"linear_24 fp32 4096 x 4096": {"16": 0.4, "1024": 1.2}}}}
 
 A number is the packed product's time over that of expanding and multiplying, for a bucket of M; expanding serves from
-`WORTH` on. A file that cannot be read, or was written by another version, counts as empty, and so does a number that is
-none. Writers take a lock, read what is there and rename a new file into place: a reader never sees half of one, and
-writers at the same time lose nothing.
+`WORTH` on. A number that is none is left out; how the files are read and written is told in tuned.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import torch
+
+from . import tuned
 
 VERSION = 1
 WORTH = 1.05  # expanding has to be so many times faster
 LARGEST = 8192  # from here on all M share a bucket
 SHIPPED = Path(__file__).with_name("choices.json")
-log = logging.getLogger("sparsekern")
 
 Table = dict[str, dict[str, dict[str, float]]]  # device, product, bucket
 
@@ -39,8 +33,7 @@ _found: dict[tuple, dict[int, float]] = {}  # what this process has looked up
 
 def path() -> Path:
     """The file that keeps what `sparsekern tune` measured."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sparsekern" / "choices.json"
+    return tuned.path("choices.json")
 
 
 def bucket(M: int) -> int:
@@ -104,19 +97,19 @@ def forget() -> None:
 
 def read(file: Path) -> Table:
     """The choices of a file; what is not as it should be is left out."""
+    return _checked(tuned.read(file, VERSION))
+
+
+def _checked(choices: dict) -> Table:
     try:
-        content = json.loads(file.read_text())
-        if content["version"] != VERSION:
-            return {}
-        choices = content["choices"].items()
         return {
             device: {
                 name: {M: float(ratio) for M, ratio in entries.items() if _valid(M, ratio)}
                 for name, entries in products.items()
             }
-            for device, products in choices
+            for device, products in choices.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except AttributeError:
         return {}
 
 
@@ -141,15 +134,6 @@ def write(table: Table, file: Path | None = None) -> Path:
         OSError: it cannot be written.
     """
     file = path() if file is None else file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
-        with contextlib.suppress(ImportError):  # no fcntl, no lock
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        whole = _merged(read(file), table)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as fresh:
-            json.dump({"version": VERSION, "choices": whole}, fresh, indent=1)
-        os.replace(fresh.name, file)
+    tuned.update(file, VERSION, lambda choices: _merged(_checked(choices), table))
     forget()
     return file

@@ -6,20 +6,14 @@ any of them. Winners are kept in ``$XDG_CACHE_HOME/sparsekern/triton.json`` (``~
     {"version": 1, "choices": {"linear_24, M 16, N 4096, K 4096, bfloat16, NVIDIA H100 80GB HBM3, 9.0, triton 3.6.0":
                                ["many", 16, 64, 128, 4, 3]}}
 
-A file that cannot be read, or was written by another version, counts as empty; an entry that names no configuration
-of today is passed over. Writers take a lock, read what is there and rename a new file into place: a reader never
-sees half of one, and writers at the same time lose nothing.
+An entry that names no configuration of today is passed over; how the file is read and written is told in tuned.py.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import json
 import logging
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 import triton
+
+from ... import tuned
 
 VERSION = 1
 log = logging.getLogger("sparsekern")
@@ -70,8 +66,7 @@ _stored: dict[str, list] | None = None  # the file, once read
 
 def path() -> Path:
     """The file that keeps what was tuned."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sparsekern" / "triton.json"
+    return tuned.path("triton.json")
 
 
 def bucket(M: int) -> int:
@@ -190,21 +185,8 @@ def _name(key: _Key) -> str:
 
 
 def _read(file: Path) -> dict[str, list]:
-    try:
-        content = json.loads(file.read_text())
-        if content["version"] == VERSION and isinstance(content["choices"], dict):
-            return content["choices"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {}
+    return tuned.read(file, VERSION)
 
 
 def _write(name: str, chosen: Config) -> None:
-    file = path()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        choices = _read(file) | {name: list(chosen)}
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as fresh:
-            json.dump({"version": VERSION, "choices": choices}, fresh, indent=1)
-        os.replace(fresh.name, file)
+    tuned.update(path(), VERSION, lambda choices: choices | {name: list(chosen)})
