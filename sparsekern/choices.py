@@ -77,12 +77,11 @@ def product(op: str, N: int, K: int, dtype: torch.dtype) -> str:
 
 def device_name(device: torch.device) -> str:
     """The device in words that mean the same to another process."""
-    if device.type != "cpu":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.major}.{properties.minor}"
     from . import backends
-    from .info import cpu_name  # here: it draws tables too, which takes a tenth of a second to load
+    from .info import cpu_name, cuda_name  # here: it draws tables too, which takes time to load
 
+    if device.type != "cpu":
+        return cuda_name(device)
     cpu = backends.load("cpu")
     tier = "reference" if cpu.unavailable(device) else cpu.isa()
     return f"{cpu_name()}, {tier}, threads: {torch.get_num_threads()}"

@@ -634,8 +634,7 @@ def tune(
     except (ValueError, RuntimeError) as error:
         _refuse(error)
     results = Results(session.machine(options.device), "")
-    cache = 1 << 12 if quick else session.cache_bytes()
-    work = session.Session(options, clock.Clock(options.device), results, cache)
+    work = session.Session(options, clock.Clock(options.device), results)
     cases = len(options.shapes) * len(options.dtypes) * len(work.each_threads())
     budget = clock.Budget(rounds, min(4.0, minutes * 60 / cases / 2))
     with _CaseProgress() as progress:

@@ -80,7 +80,13 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
+def cuda_name(device: torch.device) -> str:
+    """Name and compute capability: what a measurement on it holds for."""
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.major}.{properties.minor}"
+
+
+def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # counts what this process may use, not what there is
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -91,7 +97,7 @@ def _devices() -> list[dict]:
         {
             "device": "cpu",
             "name": cpu_name(),
-            "cores": _usable_cores(),
+            "cores": usable_cores(),
             "torch_threads": torch.get_num_threads(),
         }
     ]
@@ -205,7 +211,7 @@ def _missing(core: dict) -> Iterator[dict[str, str]]:
                 "what": "threads in the compiled CPU core",
                 "why": "it was built by a compiler without OpenMP",
                 "costs": "CPU kernels run on one core of "
-                f"{_usable_cores()}; reinstall with a compiler that has OpenMP",
+                f"{usable_cores()}; reinstall with a compiler that has OpenMP",
             }
         best = core["tiers"][0]
         if core["tier"] != best:

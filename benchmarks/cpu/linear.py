@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import sparsekern as sk
 from sparsekern.backends import cpu
 from sparsekern.bench.clock import Budget, Sides, copies, ratio_of
+from sparsekern.bench.linear import compiled, csr, reordered
 from sparsekern.bench.session import error_ratio, some_rows
 
 from .timing import DTYPES, IDENTITY, Cell, Row, interleave, setting
@@ -29,10 +30,6 @@ QUICK_SHAPES = [(1, 64, 64), (16, 64, 64)]
 
 # What torch's dense product reaches on a server core, in GFLOP/s: only so that the progress bar can foretell.
 _GUESS = {"fp32": 110, "bf16": 400, "fp16": 32}
-
-
-def _some_rows(n: int) -> torch.Tensor:
-    return some_rows(n, torch.device("cpu"))
 
 
 class Weights:
@@ -144,7 +141,7 @@ def _linear(section, M, N, K, dtype, threads, tier, budget: Budget, cache_bytes)
 
 
 def _linear_errors(x: torch.Tensor, w: Weights, ours: Sides) -> dict[str, float]:
-    pruned, rows = sk.unpack_24(*w.packed[0]), _some_rows(len(x))
+    pruned, rows = sk.unpack_24(*w.packed[0]), some_rows(len(x))
     exact = x[rows].double() @ pruned.double().T
     dense = F.linear(x, pruned)[rows]
     return {name: error_ratio(call(0)[rows], dense, exact) for name, call in ours.items()}
@@ -163,32 +160,7 @@ def peer_cells(options, cache_bytes: int) -> Iterator[Cell]:
                 yield _cell("peers", run, M, N, K, dtype, threads, options.budget)
 
 
-def _compiled(x: torch.Tensor, w: Weights) -> Callable[[int], object]:
-    torch._dynamo.reset()  # or the recompilations of earlier cells count towards its limit
-    compiled = torch.compile(F.linear, dynamic=False)
-    return lambda i: compiled(x, w.dense[i % w.count])
-
-
-def _reordered(x: torch.Tensor, w: Weights) -> Callable[[int], object]:
-    """The kernel torch.compile with freezing calls for bfloat16: a weight that oneDNN has laid out for itself."""
-    with torch.inference_mode(False), torch.no_grad():
-        own = [torch.ops.mkldnn._reorder_linear_weight(d, len(x)) for d in w.dense]
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda i: product(x, own[i % w.count], None, "none", [], "")
-
-
-def _csr(x: torch.Tensor, w: Weights) -> Callable[[int], object]:
-    def convert(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-        csr = sk.unpack_24(values, meta).to_sparse_csr()
-        indices = csr.crow_indices().int(), csr.col_indices().int()  # else MKL's wrapper converts
-        return torch.sparse_csr_tensor(*indices, csr.values(), csr.shape)
-
-    with torch.inference_mode(False), torch.no_grad():
-        csr = [convert(*packed) for packed in w.packed]
-    return lambda i: (csr[i % w.count] @ x.T).T
-
-
-PEERS = {"torch.compile": _compiled, "oneDNN, reordered": _reordered, "torch CSR": _csr}
+PEERS = {"torch.compile": compiled, "oneDNN, reordered": reordered, "torch CSR": csr}
 
 
 def _peers(M, N, K, dtype, threads, budget: Budget, cache_bytes) -> list[Row]:
@@ -240,7 +212,7 @@ def backward_cells(options, cache_bytes: int) -> Iterator[Cell]:
 
 def _dx(M, N, K, dtype, threads, budget: Budget, cache_bytes) -> list[Row]:
     w = weights(N, K, dtype, cache_bytes, cpu.isa())
-    dy, rows = torch.randn(M, N).to(DTYPES[dtype]), _some_rows(M)
+    dy, rows = torch.randn(M, N).to(DTYPES[dtype]), some_rows(M)
     pruned = sk.unpack_24(*w.packed[0])
     row = Row("backward", "linear_24_dx", dtype, _case(M, N, K), threads, cpu.isa(), "dy @ W")
     with setting(threads, cpu.isa()):
@@ -263,7 +235,7 @@ def _dx(M, N, K, dtype, threads, budget: Budget, cache_bytes) -> list[Row]:
 def _dvalues(M, N, K, dtype, threads, budget: Budget, cache_bytes) -> list[Row]:
     w = weights(N, K, dtype, cache_bytes, cpu.isa())
     dy, x = torch.randn(M, N).to(DTYPES[dtype]), torch.randn(M, K).to(DTYPES[dtype])
-    meta, rows = w.packed[0][1], _some_rows(N)
+    meta, rows = w.packed[0][1], some_rows(N)
     row = Row("backward", "linear_24_dvalues", dtype, _case(M, N, K), threads, cpu.isa(), "dyᵀ @ x")
     with setting(threads, cpu.isa()):
         exact = dy[:, rows].double().T @ x.double()

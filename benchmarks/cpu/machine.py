@@ -17,12 +17,12 @@ import torch
 import sparsekern as sk
 from sparsekern.backends import cpu
 from sparsekern.bench.clock import Budget
-from sparsekern.info import cpu_name
+from sparsekern.bench.session import UNKNOWN_CACHE_BYTES, cache_bytes
+from sparsekern.info import cpu_name, usable_cores
 
 from .timing import interleave
 
 CPU0 = Path("/sys/devices/system/cpu/cpu0")
-UNKNOWN_CACHE_BYTES = 64 << 20
 
 
 def _read(path: Path) -> str | None:
@@ -30,14 +30,6 @@ def _read(path: Path) -> str | None:
         return path.read_text().strip()
     except OSError:
         return None
-
-
-def cache_bytes() -> int | None:
-    """Size of the last-level cache, as the kernel tells it."""
-    sizes = [_read(path) or "" for path in CPU0.glob("cache/index*/size")]
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    found = [re.fullmatch(r"(\d+)([KMG])", size) for size in sizes]
-    return max((int(m[1]) * units[m[2]] for m in found if m), default=None)
 
 
 def clock() -> str:
@@ -61,10 +53,6 @@ def revision() -> str:
         return "not known"
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def facts(threads: list[int]) -> dict[str, str | int | list]:
     cache = cache_bytes()
     pages = _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")) or ""
@@ -72,7 +60,7 @@ def facts(threads: list[int]) -> dict[str, str | int | list]:
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "cache_bytes": cache or UNKNOWN_CACHE_BYTES,
         "cache": f"Last-level cache {cache >> 20} MiB"
         if cache

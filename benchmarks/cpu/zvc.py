@@ -6,7 +6,6 @@ import functools
 import importlib
 import itertools
 import statistics
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from sparsekern.backends import cpu
 from sparsekern.bench.clock import Budget, Sides, copies, ratio_of
 from sparsekern.bench.session import reused_memory
+from sparsekern.bench.zvc import blosc2_codec, lz4_codec, zlib_codec, zstd_codec
 
 from .timing import Cell, Row, can_reuse_memory, interleave, setting
 
@@ -129,33 +129,11 @@ class Codec:
     make: Callable[[object, int, int], tuple[Callable, Callable]]
 
 
-def _zstd(zstandard, element: int, threads: int) -> tuple[Callable, Callable]:
-    pack = zstandard.ZstdCompressor(level=1, threads=0 if threads == 1 else threads)
-    return pack.compress, zstandard.ZstdDecompressor().decompress
-
-
-def _blosc2(blosc2, element: int, threads: int) -> tuple[Callable, Callable]:
-    parameters = {
-        "codec": blosc2.Codec.LZ4,
-        "clevel": 5,
-        "typesize": element,
-        "nthreads": threads,
-        "filters": [blosc2.Filter.BITSHUFFLE],
-        "filters_meta": [0],
-    }
-    return (
-        lambda data: blosc2.compress2(data, **parameters),
-        lambda data: blosc2.decompress2(data, nthreads=threads),
-    )
-
-
 CODECS = [
-    Codec(
-        "zlib, level 1", "zlib", False, lambda z, *_: (lambda d: zlib.compress(d, 1), z.decompress)
-    ),
-    Codec("LZ4", "lz4.frame", False, lambda lz4, *_: (lz4.compress, lz4.decompress)),
-    Codec("Zstandard, level 1", "zstandard", True, _zstd),
-    Codec("Blosc2, LZ4 with bitshuffle", "blosc2", True, _blosc2),
+    Codec("zlib, level 1", "zlib", False, zlib_codec),
+    Codec("LZ4", "lz4.frame", False, lz4_codec),
+    Codec("Zstandard, level 1", "zstandard", True, zstd_codec),
+    Codec("Blosc2, LZ4 with bitshuffle", "blosc2", True, blosc2_codec),
 ]
 
 

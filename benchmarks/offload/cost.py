@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import sparsekern as sk
-from sparsekern.info import cpu_name
+from sparsekern.info import cpu_name, usable_cores
 from sparsekern.offload.nets import NETS
 
 from ..cpu import machine
@@ -136,7 +136,7 @@ def markdown(costs: list[Cost], options: argparse.Namespace) -> str:
     command = " ".join(["python", "-m", "benchmarks.offload.cost", *sys.argv[1:]])
     return f"""# {datetime.date.today().isoformat()}, activation offload on the CPU: what it costs and gives
 
-{cpu_name()}, {options.threads} of {machine.cores()} cores, torch {torch.__version__},
+{cpu_name()}, {options.threads} of {usable_cores()} cores, torch {torch.__version__},
 Python {platform.python_version()}, sparsekern {machine.revision()}. Command: `{command}`.
 
 Trained before measuring: {trained}. {options.turns} turns. *time*: of forward and backward over the same without,
@@ -152,7 +152,7 @@ def parsed() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--net", nargs="+", choices=RUNS, default=list(NAMES))
     p.add_argument("--turns", type=int, default=15, help="steps measured each way")
-    p.add_argument("--threads", type=int, default=machine.cores())
+    p.add_argument("--threads", type=int, default=usable_cores())
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--data",

@@ -41,7 +41,7 @@ from torch import Tensor
 import sparsekern as sk
 from benchmarks.cpu import machine
 from sparsekern import demo
-from sparsekern.info import cpu_name
+from sparsekern.info import cpu_name, usable_cores
 from sparsekern.offload.nets import NETS
 
 from . import codecs, report
@@ -317,7 +317,7 @@ def parsed() -> argparse.Namespace:
     add("--data", type=Path, default=DATA, help="folder with mnist.npz and tinyshakespeare.txt")
     add("--synthetic", action="store_true", help="train on made-up batches instead")
     add("--seed", type=int, default=0)
-    add("--threads", type=int, default=min(2, machine.cores()))
+    add("--threads", type=int, default=min(2, usable_cores()))
     add("--out", type=Path, help="the Markdown file; default: a dated one in benchmarks/results")
     add("--resume", type=Path, help="the JSON file of an earlier run: its nets are kept")
     options = parser.parse_args()
@@ -341,7 +341,7 @@ def facts(options: argparse.Namespace) -> dict[str, str | int]:
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
-        "cores": machine.cores(),
+        "cores": usable_cores(),
         "threads": options.threads,
         "python": platform.python_version(),
         "torch": torch.__version__,

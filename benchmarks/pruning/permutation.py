@@ -25,7 +25,7 @@ from torch import Tensor
 
 import sparsekern as sk
 from benchmarks.cpu import machine
-from sparsekern.info import cpu_name
+from sparsekern.info import cpu_name, usable_cores
 from sparsekern.pruning import kept_magnitude, search_permutation
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -165,7 +165,7 @@ def main() -> int:
     add("--budgets", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0], metavar="S")
     add("--scale-budgets", type=float, nargs="*", default=[2.0, 20.0], metavar="S")
     add("--seeds", type=int, default=5, help="searches of the published matrix, for each budget")
-    add("--threads", type=int, default=min(2, machine.cores()))
+    add("--threads", type=int, default=min(2, usable_cores()))
     add("--note", default="", help="a sentence on the machine")
     add("--out", type=Path, help="the Markdown file; default: a dated one in benchmarks/results")
     options = parser.parse_args()
@@ -177,7 +177,7 @@ def main() -> int:
     parts = [
         f"# {date}, channel permutation before 2:4 pruning",
         f"`{command}`: sparsekern {sk.__version__} at {machine.revision()}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {cpu_name()}, {machine.cores()} cores, "
+        f"Python {platform.python_version()}, {cpu_name()}, {usable_cores()} cores, "
         f"{options.threads} thread{'s' * (options.threads != 1)}. {options.note}".strip(),
         'Anchor: Pool and Yu, "Channel Permutations for N:M Sparsity" (NeurIPS 2021). Efficacy is '
         "100 · (magnitude − 2:4 as it is) / (best half of each row − 2:4 as it is).",

@@ -15,7 +15,7 @@ import torch
 from . import formats, linear, offload, zvc
 from .clock import Budget, Clock
 from .results import Results
-from .session import Case, Options, Session, cache_bytes, machine
+from .session import Case, Options, Session, machine
 
 SUITES = {"linear_24": linear, "pack_24": formats, "zvc": zvc, "offload": offload}
 MOST_SECONDS = 4.0  # of one case
@@ -37,12 +37,7 @@ def run(
     os.environ["SPARSEKERN_STRICT"] = "1"
     torch.manual_seed(options.seed)
     results = Results(machine(options.device), command)
-    session = Session(
-        options,
-        clock or Clock(options.device),
-        results,
-        cache_bytes=1 << 12 if options.quick else cache_bytes(),
-    )
+    session = Session(options, clock or Clock(options.device), results)
     start = time.monotonic()
     work = [case for suite in options.suites for case in SUITES[suite].cases(session)]
     total, done = sum(case.weight for case in work), 0

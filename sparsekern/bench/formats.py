@@ -11,7 +11,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from .. import reference
 from .clock import Budget, Sides
-from .linear import _weights
+from .linear import weights
 from .results import Row
 from .session import CHECKED_ROWS, DTYPES, Case, Session, reused_memory
 from .shapes import Shape
@@ -48,7 +48,7 @@ def _right(op: str, w) -> bool:
 
 def _measure(session: Session, budget: Budget, shape: Shape, dtype: str, threads: int) -> list[Row]:
     kind, rows = DTYPES[dtype], []
-    w = _weights(session, shape, dtype)
+    w = weights(session, shape, dtype)
     dense = w.dense[0].nbytes
     served = next(iter(session.backends_for("pack_24", kind)))
     with session.threads(threads), reused_memory():

@@ -57,12 +57,12 @@ def cases(session: Session) -> Iterator[Case]:
                 yield Case(label, 1.0, run)
 
 
-def _weights(session: Session, shape: Shape, dtype: str) -> Weights:
+def weights(session: Session, shape: Shape, dtype: str) -> Weights:
     key = shape.N, shape.K, dtype
-    if session._spare.get("weights", (None,))[0] != key:
-        session._spare.pop("weights", None)  # before the next are made
-        session._spare["weights"] = key, Weights(session, shape.N, shape.K, DTYPES[dtype])
-    return session._spare["weights"][1]
+    if session.spare.get("weights", (None,))[0] != key:
+        session.spare.pop("weights", None)  # before the next are made
+        session.spare["weights"] = key, Weights(session, shape.N, shape.K, DTYPES[dtype])
+    return session.spare["weights"][1]
 
 
 def ours(
@@ -94,7 +94,7 @@ def ours(
 
 def _measure(session: Session, budget: Budget, shape: Shape, dtype: str, threads: int) -> list[Row]:
     kind = DTYPES[dtype]
-    w = _weights(session, shape, dtype)
+    w = weights(session, shape, dtype)
     x = torch.randn(shape.M, shape.K, device=session.device).to(kind)
     mine = ours(session, x, w, shape, kind)
     rows: list[Row] = []
@@ -143,13 +143,13 @@ def _checks(session: Session, x: Tensor, w: Weights, mine: dict) -> dict:
 # ---- peers ----
 
 
-def _compiled(x: Tensor, w: Weights) -> Callable[[int], object]:
+def compiled(x: Tensor, w: Weights) -> Callable[[int], object]:
     torch._dynamo.reset()  # or the recompilations of earlier cases count towards its limit
-    compiled = torch.compile(F.linear, dynamic=False)
-    return lambda i: compiled(x, w.dense[i % w.count])
+    product = torch.compile(F.linear, dynamic=False)
+    return lambda i: product(x, w.dense[i % w.count])
 
 
-def _reordered(x: Tensor, w: Weights) -> Callable[[int], object]:
+def reordered(x: Tensor, w: Weights) -> Callable[[int], object]:
     """The kernel torch.compile with freezing calls for bfloat16: a weight that oneDNN has laid out for itself."""
     with torch.inference_mode(False), torch.no_grad():
         own = [torch.ops.mkldnn._reorder_linear_weight(d, len(x)) for d in w.dense]
@@ -157,15 +157,18 @@ def _reordered(x: Tensor, w: Weights) -> Callable[[int], object]:
     return lambda i: product(x, own[i % w.count], None, "none", [], "")
 
 
-def _csr(x: Tensor, w: Weights) -> Callable[[int], object]:
-    def convert(dense: Tensor) -> Tensor:
-        csr = dense.to_sparse_csr()
-        indices = csr.crow_indices().int(), csr.col_indices().int()  # else MKL's wrapper converts
-        return torch.sparse_csr_tensor(*indices, csr.values(), csr.shape)
+def csr(x: Tensor, w: Weights) -> Callable[[int], object]:
+    def convert(values: Tensor, meta: Tensor) -> Tensor:
+        sparse = sk.unpack_24(values, meta).to_sparse_csr()
+        indices = (
+            sparse.crow_indices().int(),
+            sparse.col_indices().int(),
+        )  # else MKL's wrapper converts
+        return torch.sparse_csr_tensor(*indices, sparse.values(), sparse.shape)
 
     with torch.inference_mode(False), torch.no_grad():
-        csr = [convert(d) for d in w.dense]
-    return lambda i: (csr[i % w.count] @ x.T).T
+        own = [convert(*packed) for packed in w.packed]
+    return lambda i: (own[i % w.count] @ x.T).T
 
 
 def _cusparselt(x: Tensor, w: Weights) -> Callable[[int], object]:
@@ -185,9 +188,9 @@ def _cutlass(x: Tensor, w: Weights) -> Callable[[int], object]:
 PEERS: dict[
     str, tuple[str, Callable]
 ] = {  # name to the device type it is for ("" for any) and how to make it
-    "compile": ("", _compiled),
-    "onednn": ("cpu", _reordered),
-    "csr": ("", _csr),
+    "compile": ("", compiled),
+    "onednn": ("cpu", reordered),
+    "csr": ("", csr),
     "cusparselt": ("cuda", _cusparselt),
     "cutlass": ("cuda", _cutlass),
 }

@@ -30,7 +30,7 @@ def cases(session: Session) -> Iterator[Case]:
 
 
 def _measure(session: Session, budget: Budget, net: str, threads: int) -> list[Row]:
-    session._spare.clear()
+    session.spare.clear()
     torch.manual_seed(session.options.seed)
     built = NETS[net]
     sizes = {"size": 16} if session.options.quick else {}

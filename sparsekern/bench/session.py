@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import __version__, backends
-from ..info import cpu_name
+from ..info import cpu_name, usable_cores
 from .clock import Budget, Clock, captured
 from .results import Ceiling, Results, Row
 from .shapes import Shape
@@ -64,8 +65,12 @@ class Session:
     options: Options
     clock: Clock
     results: Results
-    cache_bytes: int = UNKNOWN_CACHE_BYTES
-    _spare: dict = field(default_factory=dict)
+    spare: dict = field(default_factory=dict)  # what the next case may want again
+
+    @functools.cached_property
+    def cache_bytes(self) -> int:
+        """What buffers that take turns have to be larger than."""
+        return 1 << 12 if self.options.quick else cache_bytes() or UNKNOWN_CACHE_BYTES
 
     @property
     def device(self) -> torch.device:
@@ -182,9 +187,7 @@ def machine(device: torch.device) -> dict[str, str]:
     found = {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
-        "cores": str(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+        "cores": str(usable_cores()),
         "load": f"{os.getloadavg()[0]:.2f}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -202,18 +205,14 @@ def machine(device: torch.device) -> dict[str, str]:
     return found
 
 
-def cache_bytes() -> int:
-    """Size of the CPU's last-level cache as the kernel tells it, or a guess."""
+def cache_bytes() -> int | None:
+    """Size of the CPU's last-level cache as the kernel tells it."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0").glob("cache/index*/size"):
         with contextlib.suppress(OSError):
             if found := re.fullmatch(r"(\d+)([KMG])", path.read_text().strip()):
                 sizes.append(int(found[1]) << {"K": 10, "M": 20, "G": 30}[found[2]])
-    return max(sizes, default=UNKNOWN_CACHE_BYTES)
-
-
-def chosen(names: Iterable[str], wanted: Callable[[str], bool]) -> list[str]:
-    return [name for name in names if wanted(name)]
+    return max(sizes, default=None)
 
 
 # glibc's mallopt parameters, and what it comes to by itself once a process has freed large blocks.
@@ -251,6 +250,6 @@ def error_ratio(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -
     return rms(ours) / max(rms(theirs), 1e-300)
 
 
-def some_rows(n: int, device: torch.device) -> torch.Tensor:
+def some_rows(n: int, device: torch.device | None = None) -> torch.Tensor:
     """Indices of up to CHECKED_ROWS rows of n, the first and the last among them."""
     return torch.linspace(0, n - 1, min(n, CHECKED_ROWS), device=device).round().long()

@@ -15,7 +15,7 @@ import sparsekern as sk
 
 from .. import choices
 from .clock import Budget, Sides, Spread, ratio_of
-from .linear import DENSE, _weights, ours
+from .linear import DENSE, ours, weights
 from .session import DTYPES, Session
 from .shapes import Shape
 
@@ -71,7 +71,7 @@ def tune(
 
 
 def _tune(session: Session, budget: Budget, shape: Shape, dtype: str, threads: int) -> list[Tuned]:
-    w, kind = _weights(session, shape, dtype), DTYPES[dtype]
+    w, kind = weights(session, shape, dtype), DTYPES[dtype]
     x = torch.randn(shape.M, shape.K, device=session.device).to(kind)
     mine = ours(session, x, w, shape, kind)
     best = next(iter(mine))[1]  # the back end that serves, not those on request

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import zlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -62,7 +61,7 @@ def cases(session: Session) -> Iterator[Case]:
 
 def _measure(session: Session, budget: Budget, dtype: str, zeros: float, threads: int) -> list[Row]:
     kind = DTYPES[dtype]
-    session._spare.clear()
+    session.spare.clear()
     b = Buffers(session, kind, zeros)
     n, size = b.count, [b.x[0].numel()]
     pack: Sides = {
@@ -106,20 +105,20 @@ def _right(op: str, b: Buffers, size: list[int]) -> bool:
 # ---- other compressors: (compress, decompress) of the same bytes ----
 
 
-def _zlib(module, b: Buffers, element: int, threads: int):
-    return lambda data: zlib.compress(data, 1), zlib.decompress
+def zlib_codec(module, element: int, threads: int):
+    return lambda data: module.compress(data, 1), module.decompress
 
 
-def _lz4(module, b: Buffers, element: int, threads: int):
+def lz4_codec(module, element: int, threads: int):
     return module.compress, module.decompress
 
 
-def _zstd(module, b: Buffers, element: int, threads: int):
+def zstd_codec(module, element: int, threads: int):
     pack = module.ZstdCompressor(level=1, threads=0 if threads == 1 else threads)
     return pack.compress, module.ZstdDecompressor().decompress
 
 
-def _blosc2(module, b: Buffers, element: int, threads: int):
+def blosc2_codec(module, element: int, threads: int):
     parameters = {
         "codec": module.Codec.LZ4,
         "clevel": 5,
@@ -134,22 +133,22 @@ def _blosc2(module, b: Buffers, element: int, threads: int):
     )
 
 
-def _nvcomp(module, b: Buffers, element: int, threads: int):
+def nvcomp_codec(module, element: int, threads: int):
     codec = module.Codec(algorithm="Bitcomp")
     return lambda data: codec.encode(module.as_array(data)), codec.decode
 
 
-def _cub(module, b: Buffers, element: int, threads: int):
+def cub_codec(module, element: int, threads: int):
     """The non-zeros and where they are, as CuPy selects them: what ZVC stores, with indices for its mask."""
     integer = {2: module.int16, 4: module.int32}[element]
 
     def compress(data: Tensor):
         bits = module.from_dlpack(data).view(integer)
         where = module.flatnonzero(bits)
-        return where, bits[where]
+        return where, bits[where], bits.size
 
     def decompress(packed):
-        out = module.zeros(b.nbytes // element, integer)
+        out = module.zeros(packed[2], integer)
         out[packed[0]] = packed[1]
         return out
 
@@ -159,12 +158,12 @@ def _cub(module, b: Buffers, element: int, threads: int):
 # Name to the device type, whether it has threads, the module and how to make the two functions: zlib and Zstandard
 # at level 1, Blosc2 with LZ4 behind its bit shuffle, nvCOMP's Bitcomp, CuPy's selection of what is not zero.
 CODECS: dict[str, tuple[str, bool, str, Callable]] = {
-    "zlib": ("cpu", False, "zlib", _zlib),
-    "lz4": ("cpu", False, "lz4.frame", _lz4),
-    "zstd": ("cpu", True, "zstandard", _zstd),
-    "blosc2": ("cpu", True, "blosc2", _blosc2),
-    "nvcomp": ("cuda", True, "nvidia.nvcomp", _nvcomp),
-    "cupy": ("cuda", True, "cupy", _cub),
+    "zlib": ("cpu", False, "zlib", zlib_codec),
+    "lz4": ("cpu", False, "lz4.frame", lz4_codec),
+    "zstd": ("cpu", True, "zstandard", zstd_codec),
+    "blosc2": ("cpu", True, "blosc2", blosc2_codec),
+    "nvcomp": ("cuda", True, "nvidia.nvcomp", nvcomp_codec),
+    "cupy": ("cuda", True, "cupy", cub_codec),
 }
 
 
@@ -192,7 +191,7 @@ def _codecs(
                 why = f"{module.partition('.')[0]} is not installed"
         if not why:
             try:
-                compress, decompress = make(found, b, dtype.itemsize, threads)
+                compress, decompress = make(found, dtype.itemsize, threads)
                 packed = compress(data)
                 if session.on_cpu and bytes(decompress(packed)) != bytes(data):
                     why = "its round trip gives other bits"

@@ -171,10 +171,9 @@ def _seconds(launch: Callable, args: tuple) -> float:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name}, {properties.major}.{properties.minor}"
+    from ...info import cuda_name  # here: it draws tables too, which takes time to load
+
+    return "interpreter" if device.type == "cpu" else cuda_name(device)
 
 
 def _name(key: _Key) -> str:
