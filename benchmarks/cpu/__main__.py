@@ -9,7 +9,6 @@ prints the same. Ctrl-C ends the measuring; what was done until then is written.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -31,10 +30,10 @@ from rich.progress import (
 from sparsekern.backends import cpu
 from sparsekern.bench.clock import Budget
 
+from .. import output
 from . import formats, linear, machine, report, zvc
 from .timing import DTYPES, Cell
 
-RESULTS = Path(__file__).parents[1] / "results"
 SECTIONS = {
     "linear": "linear_24 against F.linear where the targets are",
     "peers": "the other ways torch has to such a product",
@@ -132,13 +131,11 @@ def measure(work: list[Cell], results: report.Results) -> None:
     results.seconds, results.others = time.monotonic() - start, others.cores()
 
 
-def default_path(facts: dict) -> Path:
-    """A dated file that is not there yet."""
+def stem(facts: dict) -> str:
+    """Of the dated file."""
     name = re.sub(r"\(r\)|\(tm\)|\bcpu\b|@.*", " ", facts["cpu"].lower())
     name = "-".join(re.findall(r"[a-z0-9]+", name))
-    stem = f"{facts['date']}-{name}-{facts['cores']}-cores"
-    stems = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-    return next(path for s in stems if not (path := RESULTS / f"{s}.md").exists())
+    return f"{facts['date']}-{name}-{facts['cores']}-cores"
 
 
 def main() -> int:
@@ -157,11 +154,11 @@ def main() -> int:
         settings={"rounds": options.rounds, "seconds": options.seconds, "quick": options.quick},
     )
     measure(cells(options, cache_bytes), results)
-    path = options.out or default_path(facts)
+    path = options.out or output.dated(stem(facts))
     path.write_text(report.markdown(results))
     if options.json:
         options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
-    report.show(results)
+    output.show(report.head(results), (), report.tables(results))
     if options.plot:
         from .plot import plot  # matplotlib is there for this alone
 

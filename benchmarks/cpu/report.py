@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from sparsekern.bench.clock import Spread
@@ -468,14 +467,3 @@ def summary(rows: list[Row]) -> str:
 
 def markdown(results: Results) -> str:
     return "\n".join([head(results), *(table.markdown() for table in tables(results))])
-
-
-def show(results: Results) -> None:
-    """The same on the terminal; wider than it, rather than folded, where a table needs that."""
-    narrow, unbounded = Console(), Console(width=1000)
-    narrow.print(head(results).replace("**", ""), markup=False, highlight=False)
-    for table in tables(results):
-        drawn = table.rich()
-        width = unbounded.measure(drawn).maximum
-        narrow.print(table.words, markup=False, highlight=False)
-        Console(width=max(narrow.width, width)).print(drawn)

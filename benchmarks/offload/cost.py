@@ -30,12 +30,12 @@ import sparsekern as sk
 from sparsekern.info import cpu_name, usable_cores
 from sparsekern.offload.nets import NETS
 
+from .. import output
 from ..cpu import machine
 from .paper import QUICK, RUNS, Data
 
 WAYS = ("auto", "device", "cpu", "save_on_cpu")
 NAMES = ("transformer-relu2", "transformer-relu", "vgg16", "alexnet", "transformer-gelu")
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass
@@ -185,7 +185,7 @@ def main() -> int:
     if not costs:
         return 130
     options.console.print(table(costs))
-    path = options.out or RESULTS / f"{datetime.date.today().isoformat()}-offload-cost.md"
+    path = options.out or output.RESULTS / f"{datetime.date.today().isoformat()}-offload-cost.md"
     path.write_text(markdown(costs, options))
     print(f"written to {path}", file=sys.stderr)
     return 0

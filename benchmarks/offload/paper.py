@@ -12,12 +12,8 @@ FILE.json`` goes on from there.
 from __future__ import annotations
 
 import argparse
-import datetime
-import itertools
 import json
 import os
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,29 +24,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 import sparsekern as sk
-from benchmarks.cpu import machine
 from sparsekern import demo
-from sparsekern.info import cpu_name, usable_cores
+from sparsekern.info import usable_cores
 from sparsekern.offload.nets import NETS
 
+from .. import output
 from . import codecs, report
 from .capture import Map, Saved, capture
 from .plot import plot
 from .predictions import predictions
 from .results import MapBytes, Record, Results, SavedBytes, Trained
 
-RESULTS = Path(__file__).parents[1] / "results"
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MEASUREMENTS = (
     7  # of which the last is at the end, and each one before at half the steps of the next
@@ -272,19 +259,10 @@ def train(net: str, run: Run, data: Data, seed: int) -> Iterator[Trained]:
 def train_all(runs: dict[str, Run], data: Data, seed: int, results: Results) -> None:
     """Nets that `results` has complete are left out; Ctrl-C ends it early."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
     kept = {net for net, trained in results.trained.items() if trained.complete}
     left = {net: run for net, run in runs.items() if net not in kept}
     done = 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with output.progress(console) as progress:
         tasks = {
             net: progress.add_task(net, total=run.steps, start=False, note="")
             for net, run in left.items()
@@ -337,44 +315,22 @@ def parsed() -> argparse.Namespace:
     return options
 
 
-def facts(options: argparse.Namespace) -> dict[str, str | int]:
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": usable_cores(),
-        "threads": options.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sparsekern": sk.__version__,
-        "revision": machine.revision(),
-        "seed": options.seed,
-        "quick": int(options.quick),
-        "command": shlex.join(["python", "-m", "benchmarks.offload", *sys.argv[1:]]),
-    }
-
-
-def default_path(date: str) -> Path:
-    """A dated file that is not there yet."""
-    stems = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
-    paths = (RESULTS / f"{date}-offload-paper{s}.md" for s in stems)
-    return next(path for path in paths if not path.exists())
-
-
 def main() -> int:
     # A slower back end that steps in is an error: nobody should wait for the reference by accident.
     os.environ.setdefault("SPARSEKERN_STRICT", "1")
     options = parsed()
     torch.set_num_threads(options.threads)
-    results = Results(facts(options))
+    own = {"cores": usable_cores(), "seed": options.seed, "quick": int(options.quick)}
+    results = Results(output.facts("benchmarks.offload", options.threads) | own)
     if options.resume:
         results.trained = Results.from_json(json.loads(options.resume.read_text())).trained
     runs = QUICK if options.quick else RUNS
     train_all({n: runs[n] for n in options.net}, options.data, options.seed, results)
     results.predictions = predictions(results.trained)
-    path = options.out or default_path(results.facts["date"])
+    path = options.out or output.dated(f"{results.facts['date']}-offload-paper")
     path.write_text(report.markdown(results, path.stem))
     path.with_suffix(".json").write_text(json.dumps(asdict(results), indent=1) + "\n")
     plot(results, path)
-    report.show(results)
+    output.show(report.head(results), report.against_the_paper(results), report.tables(results))
     print(f"written to {path}", file=sys.stderr)
     return 130 if results.interrupted else 0

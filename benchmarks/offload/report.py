@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from rich.console import Console
-
+from benchmarks import output
 from benchmarks.cpu.report import Table
 
 from .predictions import MACHINES, MODERN, PAPER
@@ -387,11 +386,9 @@ def _machines(results: Results, plain: list[Trained], trained: dict[str, Trained
 
 def head(results: Results) -> str:
     f = results.facts
-    threads = f"{f['threads']} thread" + ("s" if f["threads"] != 1 else "")
     lines = [
         f"# {f['date']}, zero-value compression of activations while nets train",
-        f"`{f['command']}`: sparsekern {f['sparsekern']} at {f['revision']}, torch {f['torch']}, Python {f['python']}, "
-        f"{f['cpu']}, {threads}, seed {f['seed']}. Ratios and densities do not depend on the machine's speed; "
+        f"{output.origin(f)}, seed {f['seed']}. Ratios and densities do not depend on the machine's speed; "
         "sums in another order may change their last digits.",
         'Anchors: Rhu et al., "Compressing DMA Engine" (arXiv 1705.01626, HPCA 2018), and vDNN (arXiv 1602.08124).',
     ]
@@ -411,16 +408,3 @@ def markdown(results: Results, stem: str) -> str:
     if results.trained:
         parts.append(f"![by layer and step]({stem}-layers.png)\n\n![by net]({stem}-nets.png)\n")
     return "\n".join(parts + [table.markdown() for table in tables(results)])
-
-
-def show(results: Results) -> None:
-    """The same on the terminal; wider than it, rather than folded, where a table needs that."""
-    narrow, unbounded = Console(), Console(width=1000)
-    narrow.print(head(results).replace("**", ""), markup=False, highlight=False)
-    for line in against_the_paper(results):
-        narrow.print(f"* {line}".replace("**", ""), markup=False, highlight=False)
-    for table in tables(results):
-        drawn = table.rich()
-        width = unbounded.measure(drawn).maximum
-        narrow.print(table.words, markup=False, highlight=False)
-        Console(width=max(narrow.width, width)).print(drawn)

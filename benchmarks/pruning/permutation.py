@@ -9,10 +9,7 @@ and larger ones to show how the search scales; writes a dated Markdown file.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -23,12 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import sparsekern as sk
-from benchmarks.cpu import machine
-from sparsekern.info import cpu_name, usable_cores
+from benchmarks import output
+from sparsekern.info import usable_cores
 from sparsekern.pruning import kept_magnitude, search_permutation
 
-RESULTS = Path(__file__).parents[1] / "results"
 UNPRUNED, DEFAULT = 4083.169, 2852.377  # magnitudes that apex's permutation test prints
 
 
@@ -150,13 +145,6 @@ def scales(budgets: list[float]) -> str:
     return table(["matrix", "values", "kept as it is", "kept", "efficacy", "time"], lines)
 
 
-def default_path(date: str) -> Path:
-    """A dated file that is not there yet."""
-    stems = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
-    paths = (RESULTS / f"{date}-pruning-permutation{s}.md" for s in stems)
-    return next(path for path in paths if not path.exists())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pruning.permutation", description=__doc__.partition("\n")[0]
@@ -172,13 +160,11 @@ def main() -> int:
     if options.out and not options.out.parent.is_dir():
         parser.error(f"--out {options.out}: there is no such folder")
     torch.set_num_threads(options.threads)
-    date = datetime.date.today().isoformat()
-    command = shlex.join(["python", "-m", "benchmarks.pruning.permutation", *sys.argv[1:]])
+    f = output.facts("benchmarks.pruning.permutation", options.threads)
+    f["cpu"] += f", {usable_cores()} cores"
     parts = [
-        f"# {date}, channel permutation before 2:4 pruning",
-        f"`{command}`: sparsekern {sk.__version__} at {machine.revision()}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {cpu_name()}, {usable_cores()} cores, "
-        f"{options.threads} thread{'s' * (options.threads != 1)}. {options.note}".strip(),
+        f"# {f['date']}, channel permutation before 2:4 pruning",
+        f"{output.origin(f)}. {options.note}".strip(),
         'Anchor: Pool and Yu, "Channel Permutations for N:M Sparsity" (NeurIPS 2021). Efficacy is '
         "100 · (magnitude − 2:4 as it is) / (best half of each row − 2:4 as it is).",
         "## The matrix of apex's permutation test",
@@ -192,7 +178,7 @@ def main() -> int:
             "Values drawn with seed 0; one search for each budget. Columns that differ in scale have more to gain.",
             scales(options.scale_budgets),
         ]
-    path = options.out or default_path(date)
+    path = options.out or output.dated(f"{f['date']}-pruning-permutation")
     path.write_text("\n\n".join(parts) + "\n")
     print(f"written to {path}", file=sys.stderr)
     return 0

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from benchmarks import output
 from benchmarks.cpu import machine
 from benchmarks.cpu.report import Table
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-DATA = ROOT.parent / "shared" / "data"
+DATA = output.ROOT.parent / "shared" / "data"
 
 Advance = Callable[[str], None]
 """Called after every step of a part, with a few words."""
@@ -42,7 +30,7 @@ def parser(name: str, doc: str, file: str) -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny runs: the form, not the numbers")
     add("--data", type=Path, default=DATA / file, help=f"{file}, or the like")
     add("--threads", type=int, default=1)
-    add("--work", type=Path, default=ROOT / "build" / name, help="folder for finished parts")
+    add("--work", type=Path, default=output.ROOT / "build" / name, help="folder for finished parts")
     add("--out", type=Path, help="the Markdown file; default: a dated one in benchmarks/results")
     return made
 
@@ -70,7 +58,8 @@ def measure(
             not measured again.
     """
     found: dict[str, dict] = {}
-    with _progress() as (progress, is_terminal):
+    console = Console(stderr=True)
+    with output.progress(console) as progress:
         tasks = {
             n: progress.add_task(n, total=p[1], start=False, note="") for n, p in parts.items()
         }
@@ -84,7 +73,7 @@ def measure(
 
                     def advance(words: str, name: str = name) -> None:
                         progress.update(tasks[name], advance=1, note=words)
-                        if not is_terminal:
+                        if not console.is_terminal:
                             print(f"{name}: {words}", file=sys.stderr, flush=True)
 
                     result = run(advance)
@@ -100,22 +89,6 @@ def measure(
         except KeyboardInterrupt:
             return found, True
     return found, False
-
-
-@contextmanager
-def _progress() -> Iterator[tuple[Progress, bool]]:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield progress, console.is_terminal
 
 
 def spread(values: list[float], digits: int = 2, sign: str = "") -> str:
@@ -135,15 +108,13 @@ def write(
     interrupted: bool,
 ) -> Path:
     """The Markdown file: head, `against` the paper as a list, tables; `kept` is of :func:`measure`."""
-    m = machine.facts([options.threads])
-    command = shlex.join(["python", "-m", f"benchmarks.pruning.{name}", *sys.argv[1:]])
-    threads = f"{options.threads} thread" + ("s" if options.threads > 1 else "")
-    revisions = ", ".join(sorted({part["revision"] for part in kept.values()})) or m["revision"]
+    f = output.facts(f"benchmarks.pruning.{name}", options.threads)
+    if kept:
+        f["revision"] = ", ".join(sorted({part["revision"] for part in kept.values()}))
     minutes = sum(part["seconds"] for part in kept.values()) / 60
     head = [
-        f"# {m['date']}, {title}",
-        f"`{command}`: sparsekern {m['sparsekern']} at {revisions}, torch {m['torch']}, Python {m['python']}, "
-        f"{m['cpu']}, {threads}, {minutes:.0f} minutes. The machine was shared; no other figure depends on its speed.",
+        f"# {f['date']}, {title}",
+        f"{output.origin(f)}, {minutes:.0f} minutes. The machine was shared; no other figure depends on its speed.",
         *words,
     ]
     if options.quick:
@@ -153,17 +124,10 @@ def write(
     parts = ["\n\n".join(head) + "\n"]
     if against:
         parts.append("## Against the paper\n\n" + "\n".join(f"* {a}" for a in against) + "\n")
-    path = options.out or _dated(m["date"], name)
+    path = options.out or output.dated(f"{f['date']}-pruning-{name}")
     path.write_text("\n".join(parts + [table.markdown() for table in tables]))
     console = Console()
     for table in tables:
         console.print(table.rich())
     print(f"written to {path}", file=sys.stderr)
     return path
-
-
-def _dated(date: str, name: str) -> Path:
-    """A file that is not there yet."""
-    stems = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
-    paths = (RESULTS / f"{date}-pruning-{name}{s}.md" for s in stems)
-    return next(path for path in paths if not path.exists())

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
-from rich.console import Console
-
+from benchmarks import output
 from benchmarks.cpu.report import Table
 
 from .nets import NETS, ROUNDS, Net, stages
@@ -279,11 +278,9 @@ def _regularisation(results: Results) -> list[str]:
 
 def head(results: Results) -> str:
     f = results.facts
-    threads = f"{f['threads']} thread" + ("s" if f["threads"] != 1 else "")
     lines = [
         f"# {f['date']}, pruning LeNets as Han et al. 2015",
-        f"`{f['command']}`: sparsekern {f['sparsekern']} at {f['revision']}, torch {f['torch']}, Python {f['python']}, "
-        f"{f['cpu']}, {threads}, seeds 0 to {f['seeds'] - 1}, {f['data']}. Sums in another order change the "
+        f"{output.origin(f)}, seeds 0 to {f['seeds'] - 1}, {f['data']}. Sums in another order change the "
         "errors by a few images.",
         'Anchor: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (arXiv 1506.02626).',
         *(
@@ -312,15 +309,3 @@ def markdown(results: Results, stem: str) -> str:
     pictures = "\n\n".join(f"![{n}]({stem}-{n}.png)" for n in ("mask", "curves", "sensitivity"))
     found = [table.markdown() for table in tables(results)]
     return "\n".join([head(results), f"## Against the paper\n\n{lines}\n", pictures + "\n", *found])
-
-
-def show(results: Results) -> None:
-    """The same on the terminal; wider than it, rather than folded, where a table needs that."""
-    narrow, unbounded = Console(), Console(width=1000)
-    narrow.print(head(results).replace("**", ""), markup=False, highlight=False)
-    for line in against_the_paper(results):
-        narrow.print(f"* {line}".replace("**", ""), markup=False, highlight=False)
-    for table in tables(results):
-        drawn = table.rich()
-        narrow.print(table.words, markup=False, highlight=False)
-        Console(width=max(narrow.width, unbounded.measure(drawn).maximum)).print(drawn)

@@ -10,11 +10,7 @@ epoch: a run that was stopped or killed goes on when it is started again, and en
 from __future__ import annotations
 
 import argparse
-import datetime
-import itertools
 import json
-import platform
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -22,20 +18,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
-import sparsekern as sk
-from benchmarks.cpu import machine
+from benchmarks import output
 from sparsekern import demo
-from sparsekern.info import cpu_name
 from sparsekern.pruning import mask_of, sensitivity
 
 from . import curves, figures, report
@@ -43,9 +29,7 @@ from .nets import NETS, Net, stages
 from .tables import measured, model_of
 from .train import Images, Plan, State, error, train
 
-ROOT = Path(__file__).parents[3]
-RESULTS = ROOT / "benchmarks" / "results"
-DATA = ROOT.parent / "shared" / "data"
+DATA = output.ROOT.parent / "shared" / "data"
 
 
 # ---- data ----
@@ -118,16 +102,8 @@ class Trainings:
 
 
 def with_progress(trainings: Trainings, console: Console) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=trainings.epochs)
+    with output.progress(console) as progress:
+        task = progress.add_task("", total=trainings.epochs, note="")
         for name, done in trainings.run():
             progress.update(task, completed=done, description=name)
             if not console.is_terminal:
@@ -138,7 +114,8 @@ def with_progress(trainings: Trainings, console: Console) -> None:
 
 
 def results(trainings: Trainings, options: argparse.Namespace, console: Console) -> report.Results:
-    found = report.Results(facts(options, trainings.data.source))
+    own = {"seeds": options.seeds, "data": trainings.data.source, "quick": int(options.quick)}
+    found = report.Results(output.facts("benchmarks.pruning.han", options.threads) | own)
     for name, net in NETS.items():
         of = images(net, trainings.data)
         for seed in range(options.seeds):
@@ -211,32 +188,9 @@ def parsed() -> argparse.Namespace:
     if options.out and not options.out.parent.is_dir():
         parser.error(f"--out {options.out}: there is no such folder")
     kind = "-synthetic" * options.synthetic + "-quick" * options.quick
-    options.work = options.work or ROOT / "build" / f"han{kind}"
+    options.work = options.work or output.ROOT / "build" / f"han{kind}"
     options.work.mkdir(parents=True, exist_ok=True)
     return options
-
-
-def facts(options: argparse.Namespace, source: str) -> dict[str, str | int]:
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "threads": options.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sparsekern": sk.__version__,
-        "revision": machine.revision(),
-        "seeds": options.seeds,
-        "data": source,
-        "quick": int(options.quick),
-        "command": shlex.join(["python", "-m", "benchmarks.pruning.han", *sys.argv[1:]]),
-    }
-
-
-def default_path(date: str) -> Path:
-    """A dated file that is not there yet."""
-    stems = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
-    paths = (RESULTS / f"{date}-pruning-han{s}.md" for s in stems)
-    return next(path for path in paths if not path.exists())
 
 
 def main() -> int:
@@ -250,10 +204,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    path = options.out or default_path(found.facts["date"])
+    path = options.out or output.dated(f"{found.facts['date']}-pruning-han")
     path.write_text(report.markdown(found, path.stem))
     path.with_suffix(".json").write_text(json.dumps(asdict(found), indent=1) + "\n")
     pictures(found, trainings, path)
-    report.show(found)
+    output.show(report.head(found), report.against_the_paper(found), report.tables(found))
     print(f"written to {path}", file=sys.stderr)
     return 0
