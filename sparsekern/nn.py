@@ -95,7 +95,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def _assign(self, weight: Tensor) -> None:
         """Take the two largest of each four of a dense weight, in place."""
-        values, meta = _ops.pack_24(_pad(weight))
+        values, meta = _ops.pack_24(padded(weight))
         self.values.copy_(values)
         self.meta.copy_(meta)
 
@@ -118,7 +118,7 @@ class SparseLinear(nn.Module):
         ops._check_dtype(
             "SparseLinear.from_linear", "linear.weight", weight.dtype, ops.PRODUCT_DTYPES
         )
-        values, meta = ops.pack_24(_pad(weight.detach()), prune=prune or weight.is_meta)
+        values, meta = ops.pack_24(padded(weight.detach()), prune=prune or weight.is_meta)
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, "meta", weight.dtype
         )
@@ -274,7 +274,7 @@ class SparseLinear(nn.Module):
                 raise ValueError(
                     f"weight has shape {tuple(weight.shape)}; it takes {(self.out_features, self.in_features)}"
                 )
-            packed = ops.pack_24(_pad(weight.detach()), prune=weight.is_meta)
+            packed = ops.pack_24(padded(weight.detach()), prune=weight.is_meta)
             state_dict[values], state_dict[meta] = packed
         elif meta in found and not state_dict[meta].is_meta:
             stored = state_dict[values] if values in found else self.values
@@ -341,7 +341,8 @@ def _padded(in_features: int) -> int:
     return (in_features + 3) // 4 * 4
 
 
-def _pad(weight: Tensor) -> Tensor:
+def padded(weight: Tensor) -> Tensor:
+    """``[N, K]`` with K rounded up to a multiple of 4 by zeros: what the formats take of any layer."""
     return F.pad(weight, (0, -weight.shape[-1] % 4)) if weight.shape[-1] % 4 else weight
 
 

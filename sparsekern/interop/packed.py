@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..nn import padded
 from ..reference import _meta_positions
 
 # Of the 8-bit floats those where a zero is 0x00 or 0x80 and magnitudes are ordered as their bits.
@@ -38,15 +39,15 @@ def words(values: Tensor) -> Tensor:
 def first_dense_group(weight: Tensor) -> tuple[int, int] | None:
     """(row, group of four columns) of the first with more than two non-zeros, or None."""
     magnitude = words(weight) & 0x7F if weight.dtype in FLOAT8 else weight
-    return ops._first_dense_group(_padded(magnitude))
+    return ops._first_dense_group(padded(magnitude))
 
 
 def pack(weight: Tensor) -> Packed:
     """Keep the two largest of each four, as :func:`sparsekern.pack_24`; any number of columns, 8-bit floats too."""
     K = weight.shape[1]
     if weight.dtype not in FLOAT8:
-        return Packed(*ops.pack_24(_padded(weight), prune=True), K)
-    content = _padded(words(weight))
+        return Packed(*ops.pack_24(padded(weight), prune=True), K)
+    content = padded(words(weight))
     magnitude = content & 0x7F
     meta = ops.pack_24(magnitude, prune=True)[1]
     content = content * (magnitude != 0)  # -0.0 as +0.0, as the op does it
@@ -83,7 +84,3 @@ def nibbles_to_meta(nibbles: Tensor) -> Tensor:
     if nibbles.shape[1] % 2:
         nibbles = F.pad(nibbles, (0, 1), value=4)
     return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).contiguous()
-
-
-def _padded(weight: Tensor) -> Tensor:
-    return F.pad(weight, (0, -weight.shape[1] % 4)) if weight.shape[1] % 4 else weight

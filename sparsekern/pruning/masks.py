@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..nn import SparsifyReport, sparsify_
+from ..nn import SparsifyReport, padded, sparsify_
 from ..ops import is_24
 
 
@@ -135,8 +135,3 @@ def sparsify(model: nn.Module, prepack: bool = False) -> tuple[nn.Module, Sparsi
         packed, lambda layer, _: is_24(padded(layer.weight.detach())), prune=False, prepack=prepack
     )
     return packed, report
-
-
-def padded(weight: Tensor) -> Tensor:
-    """``[N, K]`` with K rounded up to a multiple of 4 by zeros."""
-    return nn.functional.pad(weight, (0, -weight.shape[1] % 4))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn import SparseLinear, sparsify_
-from .masks import finalize, mask_of, masks, padded
+from ..nn import SparseLinear, padded, sparsify_
+from .masks import finalize, mask_of, masks
 from .patterns import NM, PRUNABLE, matrix
 
 if TYPE_CHECKING:
