@@ -9,6 +9,7 @@
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -42,11 +43,33 @@ bool cpu_has_avx512() {
 }
 
 bool cpu_has_avx512_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The tiles of AMX need the system's leave, which it gives a process and its children once.
+bool cpu_has_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d = 0;
+  constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;  // of edx, leaf 7
+  if (!cpu_has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & kTiles) == 0 || (d & kBf16) == 0) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool given = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return given;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Best first. A new tier is its kernels, their declarations in kernels.h and its line here.
 constexpr Tier kTiers[] = {
 #if defined(__x86_64__)
+    {"amx",
+     cpu_has_amx,
+     {&linear_24_avx512[0], &linear_24_avx512[1], &linear_24_amx},
+     linear_24_grad_avx512_bf16,
+     zvc_avx512,
+     format_24_avx512,
+     tiles_24_avx512},
     {"avx512_bf16",
      cpu_has_avx512_bf16,
      {&linear_24_avx512[0], &linear_24_avx512[1], &linear_24_avx512_bf16},
@@ -166,6 +189,7 @@ std::vector<std::string> features() {
   SPARSEKERN_FEATURE("avx512vbmi2");
   SPARSEKERN_FEATURE("avx512vnni");
   SPARSEKERN_FEATURE("avx512bf16");
+  if (cpu_has_amx()) found.push_back("amx");
 #undef SPARSEKERN_FEATURE
 #elif defined(__aarch64__)
   found.push_back("neon");

@@ -171,7 +171,7 @@ extern const ZvcKernels zvc_portable;
 extern const Format24Kernels format_24_avx2, format_24_avx512;
 extern const Tiles24Kernel tiles_24_avx2, tiles_24_avx512;
 extern const Linear24Table linear_24_avx2, linear_24_avx512;
-extern const Linear24Kernels linear_24_avx512_bf16;
+extern const Linear24Kernels linear_24_avx512_bf16, linear_24_amx;
 extern const Gradient24Kernels linear_24_grad_avx2, linear_24_grad_avx512,
     linear_24_grad_avx512_bf16;
 extern const ZvcKernels zvc_avx2, zvc_avx512;

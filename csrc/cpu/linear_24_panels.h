@@ -144,7 +144,8 @@ struct LinearPanels {
           // fp32 weights are multiplied where they are, or where `get` puts them.
           if (D == DType::f32) room.values = reinterpret_cast<uint8_t*>(w + b * kept);
           int skip;
-          const Block block = Blocks<T, D>::get(a, n + b * kBlock, g, here, room, &skip);
+          const Block block =
+              Blocks<T, D>::get(a, n + b * kBlock, g, here, room, &skip, blocks > 1 ? kBlock : 0);
           weights[b] = decode(block, skip, here, w + b * kept, at + b * kept);
         }
         float* to = acc;

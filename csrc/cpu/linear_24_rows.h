@@ -46,7 +46,7 @@ struct LinearRows {
   using Mul = Multiply<T, D>;
   using X = typename Mul::X;
 
-  static constexpr int64_t kAhead = 2048;             // bytes of each row of weight
+  static constexpr int64_t kAhead = 8192;             // bytes of each row of weight
   static constexpr int kWeightRows = T::kWeightRows;  // that share what is loaded of x, from L2
 
   // sums[R][C] of C rows of weight from row n on with R rows of x, contiguous.

@@ -160,7 +160,8 @@ struct LinearTiles {
         for (int b = 0; b < blocks; ++b) {
           int skip;  // none: the depth is whole words of meta
           const auto to = Blocks<T, D>::room(room + b * room_bytes, depth);
-          const Block block = Blocks<T, D>::get(a, n + b * kBlock, g, here, to, &skip);
+          const Block block =
+              Blocks<T, D>::get(a, n + b * kBlock, g, here, to, &skip, blocks > 1 ? kBlock : 0);
           values[b] = block.values;
           Mul::decode(block.meta, here, controls + b * controls_size);
         }

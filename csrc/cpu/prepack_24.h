@@ -58,12 +58,13 @@ struct Blocks {
   static constexpr int64_t kBeside = D == DType::bf16 ? 4 : kItem<D>;  // bytes of a row that touch
 
   // Columns of dwords from rows of them; `rows` below sixteen and `dwords` of any number, what is
-  // not there reads as zero.
-  static void transpose(const uint8_t* in, int64_t stride, int rows, int64_t bytes, uint32_t* out) {
+  // not there reads as zero. Brings what is `ahead` bytes on nearer.
+  static void transpose(const uint8_t* in, int64_t stride, int rows, int64_t bytes, int64_t ahead,
+                        uint32_t* out) {
     int64_t at = 0;
     if (rows == kBlock) {
       for (; at + 64 <= bytes; at += 64, out += 16 * kBlock) {
-        for (int r = 0; r < kBlock; ++r) __builtin_prefetch(in + at + bytes + r * stride, 0, 2);
+        for (int r = 0; r < kBlock; ++r) __builtin_prefetch(in + at + ahead + r * stride, 0, 2);
         T::transpose(in + at, stride, out, kBlock);
       }
     }
@@ -77,19 +78,21 @@ struct Blocks {
     }
   }
 
-  // Rows [n, n + rows) and groups [g, g + groups) of the canonical form, g even, as a block.
+  // Rows [n, n + rows) and groups [g, g + groups) of the canonical form, g even, as a block. What
+  // comes after it is the same groups of the rows `next_rows` on, or the next groups where that is 0.
   static void from_rows(const Linear24& a, int64_t n, int rows, int64_t g, int64_t groups,
-                        uint8_t* values, uint32_t* meta) {
+                        int64_t next_rows, uint8_t* values, uint32_t* meta) {
     const int64_t row = a.K / 2 * kItem<D>, meta_row = meta_bytes(a.K);
     auto* out = reinterpret_cast<uint32_t*>(values);
     transpose(static_cast<const uint8_t*>(a.values) + n * row + g * 2 * kItem<D>, row, rows,
-              groups * 2 * kItem<D>, out);
+              groups * 2 * kItem<D>, next_rows ? next_rows * row : groups * 2 * kItem<D>, out);
     if constexpr (D == DType::f16) {
       for (int64_t i = 0; i < groups; ++i) {
         T::split_pairs(out + i * kBlock, reinterpret_cast<uint16_t*>(out + i * kBlock));
       }
     }
-    transpose(a.meta + n * meta_row + g / 2, meta_row, rows, ceil_div(groups, 2), meta);
+    transpose(a.meta + n * meta_row + g / 2, meta_row, rows, ceil_div(groups, 2),
+              next_rows ? next_rows * meta_row : ceil_div(groups, 2), meta);
   }
 
   // The block of rows n .. n+15 to its place in `packed`.
@@ -99,7 +102,7 @@ struct Blocks {
     const Room to = room(scratch.get<uint8_t>(room_bytes(groups)), groups);
     uint8_t* values = packed + n * (a.K / 2) * kItem<D>;
     uint8_t* bits = packed + a.N * (a.K / 2) * kItem<D> + n * meta_bytes(a.K);
-    from_rows(a, n, rows, 0, groups, rows == kBlock ? values : to.values, to.meta);
+    from_rows(a, n, rows, 0, groups, kBlock, rows == kBlock ? values : to.values, to.meta);
     if (rows < kBlock) {
       for (int64_t i = 0; i < groups * kGroupBytes<D> / kBlock / kBeside; ++i)
         std::memcpy(values + i * rows * kBeside, to.values + i * kBlock * kBeside, rows * kBeside);
@@ -127,11 +130,12 @@ struct Blocks {
 
   // Groups [g, g + groups) of rows n .. n+15 from either form, g a multiple of 4. `skip` is the
   // number of groups in the first word of meta that come before g.
-  static Block get(const Linear24& a, int64_t n, int64_t g, int64_t groups, Room room, int* skip) {
+  static Block get(const Linear24& a, int64_t n, int64_t g, int64_t groups, Room room, int* skip,
+                   int64_t next_rows = 0) {
     const int64_t left = a.N - n;
     const int rows = left < kBlock ? static_cast<int>(left) : kBlock;
     if (!a.packed) {
-      from_rows(a, n, rows, g, groups, room.values, room.meta);
+      from_rows(a, n, rows, g, groups, next_rows, room.values, room.meta);
       *skip = 0;
       return {room.values, room.meta};
     }

@@ -1,7 +1,7 @@
 """The compiled CPU back end: torch tensors to addresses for ``csrc/cpu``. No arithmetic here.
 
 The instruction set is chosen by CPU feature; ``SPARSEKERN_CPU_ISA`` overrides (portable, avx2,
-avx512, avx512_bf16).
+avx512, avx512_bf16, amx).
 """
 
 from __future__ import annotations
