@@ -169,6 +169,7 @@ if when == "after":  # the pool comes up, in the usual mode
     torch.randn(512, 512) @ torch.randn(512, 512)
     sk.linear_24(*cases[3][2:5])
 assert torch.set_flush_denormal(True)
+flushes = 0
 for what, dtype, x, values, meta, kept, want, dense in cases:
     name = f"{dtype}, denormal {what}, M = {len(x)}"
     got, torchs = sk.linear_24(x, values, meta), F.linear(x, dense)
@@ -178,13 +179,14 @@ for what, dtype, x, values, meta, kept, want, dense in cases:
     least, eps = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).eps
     if when == "before" or threads == 1:
         lost = want.abs() < least / 2
-        assert not bits(torchs)[lost].any(), f"torch, {name}"
+        flushes += not bits(torchs)[lost].any()  # MKL's kernels do on some CPUs, not for every M on others
         assert not bits(got)[lost].any(), name
     # Each as it should be, or flushed, wherever it was computed.
     error = (got.double() - want).abs()
     rounding = 8 * least * eps + 1e-4 * want.abs().max()
     assert ((error <= rounding) | (bits(got) == 0) | (error <= K * least)).all(), name
 
+assert flushes or when == "after", "torch flushes nothing"
 assert torch.set_flush_denormal(False)
 torch.set_num_threads(1)
 for what, dtype, x, values, meta, kept, *_ in cases:

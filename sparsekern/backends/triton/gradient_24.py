@@ -91,8 +91,8 @@ _CONFIGS = {
         Config("dx", 128, 64, 128, 8, 3),
     ],
     "dx float32": [
-        Config("dx", 16, 32, 64, 4, 2),
-        Config("dx", 64, 32, 64, 8, 2),
+        Config("dx", 16, 32, 64, 8, 2),
+        Config("dx", 32, 32, 64, 8, 2),
     ],
     "dvalues": [
         Config("dvalues", 32, 64, 64, 4, 3),
