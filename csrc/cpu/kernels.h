@@ -133,6 +133,24 @@ struct Gradient24Kernels {
   bool pairs;                         // bf16 as pairs
 };
 
+// The gradients in bf16 where the CPU multiplies tiles. Factors are packed for all threads, the
+// rest works serially on the range it is given, within `scratch`.
+struct Gradient24Tiles {
+  int rows,
+      span;  // the most rows of a tile; what is summed over is padded to a multiple of the span
+  // Rows [m, m + rows) of dy to tile[height * N, padded]; zeros past them.
+  void (*dx_pack)(const Linear24Dx&, int64_t m, int rows, int height, void* tile);
+  // Columns [k0, k1) of rows [m, m + rows) of dx, from their tiles of dy; k0 is a multiple of 64.
+  void (*dx)(const Linear24Dx&, const void* dy, int64_t m, int64_t rows, int height, int64_t k0,
+             int64_t k1, Scratch&);
+  // Columns [k0, k1) of x to x[k1 - k0, padded to 32][M, padded]; k0 is a multiple of 64.
+  void (*dvalues_pack)(const Linear24Dvalues&, int64_t k0, int64_t k1, void* x);
+  // The same columns of dvalues for rows [n0, n1).
+  void (*dvalues)(const Linear24Dvalues&, const void* x, int64_t k0, int64_t k1, int64_t n0,
+                  int64_t n1, Scratch&);
+  int dx_min_rows, dvalues_min_rows;  // M from which each is the fastest
+};
+
 // A part of at most one tile of `size`-byte elements, at any address.
 struct ZvcKernels {
   // Writes the mask and the non-zeros of x, and returns their number; may write up to 64 bytes past
@@ -174,6 +192,7 @@ extern const Linear24Table linear_24_avx2, linear_24_avx512;
 extern const Linear24Kernels linear_24_avx512_bf16, linear_24_amx;
 extern const Gradient24Kernels linear_24_grad_avx2, linear_24_grad_avx512,
     linear_24_grad_avx512_bf16;
+extern const Gradient24Tiles linear_24_grad_amx;
 extern const ZvcKernels zvc_avx2, zvc_avx512;
 #endif
 
@@ -185,6 +204,7 @@ struct Tier {
   const ZvcKernels& zvc;
   const Format24Kernels& format_24;
   const Tiles24Kernel& tiles_24;
+  const Gradient24Tiles* gradient_tiles = nullptr;  // where there are tiles
 };
 const Tier& tier();  // the one in use
 

@@ -42,6 +42,7 @@
 
 SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AVX512 ",avx512vbmi,avx512bf16,amx-tile,amx-bf16")
 
+#include "amx.h"
 #include "linear_24.h"
 #include "linear_24_dot.h"
 #include "simd_avx512.h"
@@ -91,32 +92,8 @@ struct Spread {
   }
 };
 
-// The eight tiles of this thread: 0 to 3 sums, 4 and 5 x, 6 and 7 weight.
-class Tiles {
- public:
-  explicit Tiles(int rows) {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-      config.bytes[i] = 64;
-      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
-    }
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
-
 struct LinearAmx {
   using Weight = Blocks<Avx512, DType::bf16>;
-  static constexpr int kRows = 16;           // of x in a tile
-  static constexpr int kSpan = 32;           // k of a tile
-  static constexpr int64_t kTile = 16 * 16;  // dwords of a tile
   static constexpr int64_t kTileGroups = 8;
   // Groups whose x is in L2 at a time: a whole cache line of a row's meta. Groups spread at a time:
   // two blocks of them and their x are in L1 together.
@@ -126,67 +103,10 @@ struct LinearAmx {
   static constexpr int kTiles = 32;        // of x whose sums with them stay in L2
   static constexpr int kFewTiles = 4;      // up to here a packed weight is read as one stream
 
-  // Rows [m0, m0 + rows) of x to [ceil(K / 32)][height][32]; rows past them and k past K are zero.
   static void pack(const Linear24& a, const XTile& tile) {
-    auto* out = static_cast<uint16_t*>(tile.data);
     const auto* x = static_cast<const uint16_t*>(a.x) + tile.m0 * a.x_stride_m;
-    for (int64_t k = 0; k < a.K; k += kSpan) {
-      const int width = static_cast<int>(std::min<int64_t>(kSpan, a.K - k));
-      for (int r = 0; r < tile.height; ++r, out += kSpan) {
-        __m512i row = _mm512_setzero_si512();
-        if (r < tile.rows) {
-          const uint16_t* from = x + r * a.x_stride_m + k * a.x_stride_k;
-          if (a.x_stride_k == 1) {
-            row = _mm512_maskz_loadu_epi16(~0u >> (kSpan - width), from);
-          } else {
-            alignas(64) uint16_t gathered[kSpan] = {};
-            for (int i = 0; i < width; ++i) gathered[i] = from[i * a.x_stride_k];
-            row = _mm512_load_si512(gathered);
-          }
-        }
-        _mm512_storeu_si512(out, row);
-      }
-    }
-  }
-
-  // acc[X][W] of [rows][16] fp32 = (first ? 0 : acc) + x · weight over `tiles` tiles of k. Tiles of
-  // x lie x_step elements apart along k and x_apart in the next sixteen rows, those of weight kTile
-  // and weight_apart, sums acc_x and acc_w.
-  template <int X, int W>
-  static void multiply(const uint16_t* x, int64_t x_step, int64_t x_apart, const uint32_t* weight,
-                       int64_t weight_apart, int64_t tiles, bool first, float* acc, int64_t acc_x,
-                       int64_t acc_w) {
-    // The header's intrinsics do not tell every compiler which memory they read.
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-    if (first) {
-      _tile_zero(0);
-      if (W == 2) _tile_zero(1);
-      if (X == 2) _tile_zero(2);
-      if (X == 2 && W == 2) _tile_zero(3);
-    } else {
-      _tile_loadd(0, acc, 64);
-      if (W == 2) _tile_loadd(1, acc + acc_w, 64);
-      if (X == 2) _tile_loadd(2, acc + acc_x, 64);
-      if (X == 2 && W == 2) _tile_loadd(3, acc + acc_x + acc_w, 64);
-    }
-    for (int64_t t = 0; t < tiles; ++t, x += x_step, weight += kTile) {
-      _tile_loadd(6, weight, 64);
-      _tile_loadd(4, x, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if (X == 2) {
-        _tile_loadd(5, x + x_apart, 64);
-        _tile_dpbf16ps(2, 5, 6);
-      }
-      if (W == 2) {
-        _tile_loadd(7, weight + weight_apart, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (X == 2) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, acc, 64);
-    if (W == 2) _tile_stored(1, acc + acc_w, 64);
-    if (X == 2) _tile_stored(2, acc + acc_x, 64);
-    if (X == 2 && W == 2) _tile_stored(3, acc + acc_x + acc_w, 64);
+    pack_a(x, a.x_stride_m, a.x_stride_k, a.K, tile.rows, tile.height,
+           static_cast<uint16_t*>(tile.data));
   }
 
   static void run(const Linear24& a, const XTile* tiles, int count, int64_t n0, int64_t n1,
@@ -218,7 +138,7 @@ struct LinearAmx {
   static void sum(const Linear24& a, const XTile* tiles, int count, int64_t n, int64_t end,
                   float* acc, uint32_t* weight, uint8_t* room) {
     static const Spread spread;
-    const int64_t groups = a.K / 4, x_step = tiles[0].height * kSpan;
+    const int64_t groups = a.K / 4, x_step = tiles[0].height * kTileSpan;
     const int64_t acc_size = tiles[0].height * kBlock, acc_w = count * acc_size;
     const int blocks = static_cast<int>(ceil_div(end - n, kBlock));
     if (groups == 0) std::memset(acc, 0, sizeof(float) * blocks * acc_w);
@@ -249,9 +169,9 @@ struct LinearAmx {
                        acc + b * acc_w + t * acc_size, acc_size, acc_w);
             };
             if (t + 1 < count) {
-              call(two ? multiply<2, 2> : multiply<2, 1>, at(t + 1) - at(t));
+              call(two ? multiply_tiles<2, 2> : multiply_tiles<2, 1>, at(t + 1) - at(t));
             } else {
-              call(two ? multiply<1, 2> : multiply<1, 1>, 0);
+              call(two ? multiply_tiles<1, 2> : multiply_tiles<1, 1>, 0);
             }
           }
         }
@@ -279,8 +199,8 @@ struct LinearAmx {
 
 constexpr Linear24Kernels with_amx(Linear24Kernels kernels) {
   kernels.max_rows = 5;
-  kernels.tile_rows = LinearAmx::kRows;
-  kernels.tile_span = LinearAmx::kSpan;
+  kernels.tile_rows = kTileRows;
+  kernels.tile_span = kTileSpan;
   kernels.pack_tile = LinearAmx::pack;
   kernels.tiles = LinearAmx::run;
   return kernels;

@@ -21,6 +21,7 @@ thread_local Scratch thread_sums;
 constexpr int64_t kGrain = 1 << 16;         // multiply-adds a thread is worth waking for
 constexpr int64_t kPackGrain = 1 << 14;     // words, likewise
 constexpr int64_t kDvaluesWords = 8 << 20;  // of x packed at a time: 32 MB
+constexpr int64_t kDxTileRows = 1024;       // of dy packed in tiles at a time
 
 int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
@@ -124,6 +125,48 @@ void dvalues_many_rows(const Linear24Dvalues& a, const Gradient24Kernels& kernel
   }
 }
 
+void dx_by_tiles(const Linear24Dx& a, const Gradient24Tiles& kernels, int threads) {
+  // Equal tiles, so that no rows of zeros are multiplied but those of the last one.
+  const int64_t most = std::min(a.M, kDxTileRows);
+  const auto height = static_cast<int>(ceil_div(most, ceil_div(most, kernels.rows)));
+  const int64_t tile = height * round_up(a.N, kernels.span);
+  auto* dy = shared_words.get<uint16_t>(ceil_div(most, height) * tile);
+  for (int64_t m = 0; m < a.M; m += kDxTileRows) {
+    const int64_t rows = std::min(kDxTileRows, a.M - m);
+    parallel_for(
+        ceil_div(rows, height), kPackGrain / tile + 1, 1, threads, [&](int64_t begin, int64_t end) {
+          for (int64_t t = begin; t < end; ++t) {
+            const int64_t left = std::min<int64_t>(height, rows - t * height);
+            kernels.dx_pack(a, m + t * height, static_cast<int>(left), height, dy + t * tile);
+          }
+        });
+    parallel_for(a.K, kGrain / (rows * a.N) + 1, 64, threads, [&](int64_t k0, int64_t k1) {
+      kernels.dx(a, dy, m, rows, height, k0, k1, thread_words);
+    });
+  }
+}
+
+void dvalues_by_tiles(const Linear24Dvalues& a, const Gradient24Tiles& kernels, int threads) {
+  const int64_t words = round_up(a.M, kernels.span) / 2;
+  const int64_t columns =
+      std::min(round_up(a.K, 64), std::max<int64_t>(64, kDvaluesWords / words / 64 * 64));
+  float* x = shared_words.get<float>(words * columns);
+  for (int64_t k = 0; k < a.K; k += columns) {
+    const int64_t k_end = std::min(a.K, k + columns);
+    parallel_for(k_end - k, kPackGrain / a.M + 1, 64, threads, [&](int64_t k0, int64_t k1) {
+      kernels.dvalues_pack(a, k + k0, k + k1, x + k0 * words);
+    });
+    parallel_for(a.N, kGrain / (a.M * a.K) + 1, 32, threads, [&](int64_t n0, int64_t n1) {
+      kernels.dvalues(a, x, k, k_end, n0, n1, thread_words);
+    });
+  }
+}
+
+// The tier's kernels by tiles if it has them and they take this dtype.
+const Gradient24Tiles* gradient_tiles(DType dtype) {
+  return dtype == DType::bf16 ? tier().gradient_tiles : nullptr;
+}
+
 }  // namespace
 
 void linear_24_dx(const Linear24Dx& a, int threads) {
@@ -131,6 +174,9 @@ void linear_24_dx(const Linear24Dx& a, int threads) {
   if (a.N == 0) {
     std::memset(a.dx, 0, static_cast<size_t>(a.M * a.K * (a.dtype == DType::f32 ? 4 : 2)));
     return;
+  }
+  if (const Gradient24Tiles* tiles = gradient_tiles(a.dtype); tiles && a.M >= tiles->dx_min_rows) {
+    return dx_by_tiles(a, *tiles, threads);
   }
   const Gradient24Kernels& kernels = tier().linear_24_grad;
   const bool pairs = kernels.pairs && a.dtype == DType::bf16;
@@ -147,6 +193,10 @@ void linear_24_dvalues(const Linear24Dvalues& a, int threads) {
     std::memset(a.dvalues, 0,
                 static_cast<size_t>(a.N * (a.K / 2) * (a.dtype == DType::f32 ? 4 : 2)));
     return;
+  }
+  if (const Gradient24Tiles* tiles = gradient_tiles(a.dtype);
+      tiles && a.M >= tiles->dvalues_min_rows) {
+    return dvalues_by_tiles(a, *tiles, threads);
   }
   const Gradient24Kernels& kernels = tier().linear_24_grad;
   const bool pairs = kernels.pairs && a.dtype == DType::bf16;
