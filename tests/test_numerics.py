@@ -239,6 +239,13 @@ def test_activations_of_special_numbers_are_those_of_torch(isa, dtype, activatio
             assert (error <= torch.maximum(2 * torchs, eps * want[finite].abs() + tiny)).all(), name
 
 
+def unspoilt(got: torch.Tensor, want: torch.Tensor, isa: str) -> bool:
+    """The same bits, or where AMX leaves what is not finite to AVX-512, another rounding."""
+    if isa == "amx" and got.dtype is torch.float16:
+        return torch.allclose(got.float(), want.float(), rtol=2**-10, atol=2**-10)
+    return torch.equal(bits(got), bits(want))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_that_is_not_finite_spoils_its_own_results_and_no_other(isa, dtype, bad):
@@ -252,7 +259,7 @@ def test_a_row_that_is_not_finite_spoils_its_own_results_and_no_other(isa, dtype
         got = sk.linear_24(spoilt, values, meta)
         assert not got[rows].isfinite().any()
         others = [m for m in range(M) if m not in rows]
-        assert torch.equal(bits(got[others]), bits(want[others])), f"M = {M}"
+        assert unspoilt(got[others], want[others], isa), f"M = {M}"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -268,7 +275,7 @@ def test_a_weight_that_is_not_finite_spoils_its_own_column_and_no_other(isa, dty
             got = sk.linear_24(x, spoilt, meta)
             assert not got[:, n].isfinite().any()
             got[:, n] = want[:, n]
-            assert torch.equal(bits(got), bits(want)), f"M = {M}, column {n}"
+            assert unspoilt(got, want, isa), f"M = {M}, column {n}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -61,8 +61,9 @@ void pack_a(const uint16_t* x, int64_t stride_row, int64_t stride_column, int64_
 
 // sums[A][B] of [rows][16] fp32 = (first ? 0 : sums) + a · b over `tiles` tiles. Tiles of a lie a_step
 // elements apart along the summed dimension and a_apart in the next sixteen rows, those of b kTile
-// and b_apart, sums sums_a and sums_b.
-template <int A, int B>
+// and b_apart, sums sums_a and sums_b. With P = 2 each tile is a sum of two: a's second lies a_step / 2
+// on, b's kTile, and all four products are added.
+template <int A, int B, int P = 1>
 void multiply_tiles(const uint16_t* a, int64_t a_step, int64_t a_apart, const uint32_t* b,
                     int64_t b_apart, int64_t tiles, bool first, float* sums, int64_t sums_a,
                     int64_t sums_b) {
@@ -79,18 +80,23 @@ void multiply_tiles(const uint16_t* a, int64_t a_step, int64_t a_apart, const ui
     if (A == 2) _tile_loadd(2, sums + sums_a, 64);
     if (A == 2 && B == 2) _tile_loadd(3, sums + sums_a + sums_b, 64);
   }
-  for (int64_t t = 0; t < tiles; ++t, a += a_step, b += kTile) {
-    _tile_loadd(6, b, 64);
-    _tile_loadd(4, a, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (A == 2) {
-      _tile_loadd(5, a + a_apart, 64);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if (B == 2) {
-      _tile_loadd(7, b + b_apart, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      if (A == 2) _tile_dpbf16ps(3, 5, 7);
+  for (int64_t t = 0; t < tiles; ++t, a += a_step) {
+    for (int of_b = 0; of_b < P; ++of_b, b += kTile) {
+      _tile_loadd(6, b, 64);
+      for (int of_a = 0; of_a < P; ++of_a) {
+        const uint16_t* part = a + of_a * a_step / P;
+        _tile_loadd(4, part, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (A == 2) {
+          _tile_loadd(5, part + a_apart, 64);
+          _tile_dpbf16ps(2, 5, 6);
+        }
+        if (B == 2) {
+          if (of_a == 0) _tile_loadd(7, b + b_apart, 64);
+          _tile_dpbf16ps(1, 4, 7);
+          if (A == 2) _tile_dpbf16ps(3, 5, 7);
+        }
+      }
     }
   }
   _tile_stored(0, sums, 64);

@@ -65,7 +65,7 @@ constexpr Tier kTiers[] = {
 #if defined(__x86_64__)
     {"amx",
      cpu_has_amx,
-     {&linear_24_avx512[0], &linear_24_avx512[1], &linear_24_amx},
+     {&linear_24_avx512[0], &linear_24_amx_f16, &linear_24_amx_bf16},
      linear_24_grad_avx512_bf16,
      zvc_avx512,
      format_24_avx512,

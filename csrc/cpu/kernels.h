@@ -93,8 +93,9 @@ struct Linear24Kernels {
   void (*rows)(const Linear24&, const void* x, int64_t n0, int64_t n1);
 
   int tile_rows, tile_span;  // the most rows of a tile; k is padded to a multiple of the span
-  void (*pack_tile)(const Linear24&, const XTile&);
-  void (*tiles)(const Linear24&, const XTile*, int count, int64_t n0, int64_t n1, Scratch&);
+  // False where they met an infinity or a NaN that they cannot multiply: then `instead` is asked.
+  bool (*pack_tile)(const Linear24&, const XTile&);
+  bool (*tiles)(const Linear24&, const XTile*, int count, int64_t n0, int64_t n1, Scratch&);
 
   int panel_lanes;  // of a vector
   void (*pack_panel)(const Linear24&, const XPanel&, int64_t k0, int64_t k1);
@@ -105,6 +106,7 @@ struct Linear24Kernels {
 
   // The choice by M, measured: rows up to the first (packed weights never), then tiles, then panels.
   int64_t max_rows, max_tiles, max_tiles_packed;
+  const Linear24Kernels* instead = nullptr;
 };
 
 // The gradients work on words of 32 bits: an fp32 each, or, where the CPU multiplies pairs of bf16,
@@ -189,7 +191,7 @@ extern const ZvcKernels zvc_portable;
 extern const Format24Kernels format_24_avx2, format_24_avx512;
 extern const Tiles24Kernel tiles_24_avx2, tiles_24_avx512;
 extern const Linear24Table linear_24_avx2, linear_24_avx512;
-extern const Linear24Kernels linear_24_avx512_bf16, linear_24_amx;
+extern const Linear24Kernels linear_24_avx512_bf16, linear_24_amx_f16, linear_24_amx_bf16;
 extern const Gradient24Kernels linear_24_grad_avx2, linear_24_grad_avx512,
     linear_24_grad_avx512_bf16;
 extern const Gradient24Tiles linear_24_grad_amx;

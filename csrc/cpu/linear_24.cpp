@@ -1,5 +1,6 @@
 // linear_24 on whole tensors: which kernel of the tier, how many threads, and the scratch they share.
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -43,7 +44,8 @@ void by_rows(const Linear24& a, const Linear24Kernels& kernels, int threads) {
   over_weight(a, a.M, 16, threads, [&](int64_t n0, int64_t n1) { kernels.rows(a, x, n0, n1); });
 }
 
-void by_tiles(const Linear24& a, const Linear24Kernels& kernels, int threads) {
+// False where the kernels cannot multiply what they met; y is not whole then.
+bool by_tiles(const Linear24& a, const Linear24Kernels& kernels, int threads) {
   // Equal tiles, so that no rows of zeros are multiplied but those of the last one.
   const int64_t rows = std::min(a.M, kTilePassRows);
   const int64_t height = ceil_div(rows, ceil_div(rows, kernels.tile_rows));
@@ -51,6 +53,7 @@ void by_tiles(const Linear24& a, const Linear24Kernels& kernels, int threads) {
   const int64_t tile_bytes = ceil_div(height * depth * kernels.x_bytes, 64) * 64;
   auto* x = x_scratch.get<uint8_t>(ceil_div(rows, height) * tile_bytes);
   std::vector<XTile> tiles;
+  std::atomic<bool> fine{true};
   for (int64_t m = 0; m < a.M; m += kTilePassRows) {
     const int64_t end = std::min(a.M, m + kTilePassRows);
     tiles.clear();
@@ -61,12 +64,19 @@ void by_tiles(const Linear24& a, const Linear24Kernels& kernels, int threads) {
     const auto count = static_cast<int64_t>(tiles.size());
     parallel_for(count, kPackGrain / (height * depth + 1) + 1, 1, threads,
                  [&](int64_t begin, int64_t stop) {
-                   for (int64_t t = begin; t < stop; ++t) kernels.pack_tile(a, tiles[t]);
+                   for (int64_t t = begin; t < stop; ++t) {
+                     if (!kernels.pack_tile(a, tiles[t])) fine = false;
+                   }
                  });
+    if (!fine) return false;
     over_weight(a, end - m, 16, threads, [&](int64_t n0, int64_t n1) {
-      kernels.tiles(a, tiles.data(), static_cast<int>(count), n0, n1, work_scratch);
+      if (!kernels.tiles(a, tiles.data(), static_cast<int>(count), n0, n1, work_scratch)) {
+        fine = false;
+      }
     });
+    if (!fine) return false;
   }
+  return true;
 }
 
 void by_panels(const Linear24& a, const Linear24Kernels& kernels, int threads) {
@@ -105,15 +115,17 @@ const Linear24Kernels& kernels_for(DType dtype) {
   return *tier().linear_24[static_cast<int>(dtype)];
 }
 
+void multiply(const Linear24& a, const Linear24Kernels& kernels, int threads) {
+  if (!a.packed && a.M <= kernels.max_rows) return by_rows(a, kernels, threads);
+  if (a.M > (a.packed ? kernels.max_tiles_packed : kernels.max_tiles))
+    return by_panels(a, kernels, threads);
+  if (!by_tiles(a, kernels, threads)) multiply(a, *kernels.instead, threads);
+}
+
 }  // namespace
 
 void linear_24(const Linear24& a, int threads) {
-  if (a.M == 0 || a.N == 0) return;
-  const Linear24Kernels& kernels = kernels_for(a.dtype);
-  if (!a.packed && a.M <= kernels.max_rows) return by_rows(a, kernels, threads);
-  if (a.M <= (a.packed ? kernels.max_tiles_packed : kernels.max_tiles))
-    return by_tiles(a, kernels, threads);
-  by_panels(a, kernels, threads);
+  if (a.M != 0 && a.N != 0) multiply(a, kernels_for(a.dtype), threads);
 }
 
 void prepack_24(const void* values, const uint8_t* meta, uint8_t* packed, int64_t N, int64_t K,

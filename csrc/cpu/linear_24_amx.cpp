@@ -1,4 +1,4 @@
-// linear_24 for bf16 with the tiles of AMX (Sapphire Rapids and later).
+// linear_24 for bf16 and fp16 with the tiles of AMX (Sapphire Rapids and later).
 //
 // A tile product multiplies 16 rows of x with 32 k of 16 rows of the weight in sixteen cycles: as many
 // dense multiply-adds in a cycle as sixteen instructions of AVX-512 BF16. It skips no zeros, and need
@@ -14,6 +14,10 @@
 //     x           [ 16 m ][ 32 k ]                 1 KiB
 //     sums        [ 16 m ][ 16 n ] fp32            += x · weight
 //
+//   An fp16 of eleven bits is a bf16 of its first eight and one of the other three, exactly. So there
+//   are two tiles of everything and four products, all into the same sums. What is infinite or a NaN
+//   has no such parts: the call is made again with AVX-512.
+//
 //   for 512 rows of weight and 512 of x     their sums stay in L2: 1 MiB
 //     for chunks of 512 k                   x of a chunk, too: 512 KiB
 //       for pairs of blocks
@@ -25,6 +29,7 @@
 // loads of the tiles of x: a tile product takes 16 cycles, 19 measured with operands from L1, 26 to 29
 // in this loop, as a load from L2 takes 24 (Xeon 6, 3.2 GHz under AMX). Spreading takes four
 // shuffles a group on the one port that shuffles, 32 cycles a tile of weight, for every 512 rows of x.
+// fp16 has four times the products and twice the loads.
 #include "target.h"
 #if defined(__x86_64__)
 
@@ -50,6 +55,28 @@ SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AVX512 ",avx512vbmi,avx512bf16,amx-tile,amx-b
 namespace sparsekern::cpu {
 namespace {
 
+// Sixteen fp16 as sums of two bf16, each in the upper half of a dword. Eleven bits of significand are
+// eight and three: both are exact.
+struct Halves {
+  __m512i large, small;
+  explicit Halves(__m256i halves) {
+    const __m512 value = _mm512_cvtph_ps(halves);
+    large = _mm512_and_si512(_mm512_castps_si512(value),
+                             _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    small = _mm512_castps_si512(_mm512_sub_ps(value, _mm512_castsi512_ps(large)));
+  }
+};
+
+__m512i pairs_of(__m512i first, __m512i second) {
+  return _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+}
+
+// Of 32 fp16. An infinity has no second part.
+__mmask32 not_finite(__m512i halves) {
+  const __m512i exponent = _mm512_set1_epi16(0x7c00);
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(halves, exponent), exponent);
+}
+
 // Which byte of a group's pairs goes to which of its dense elements, by nibble.
 struct Spread {
   __m512i low, high, lane;
@@ -68,48 +95,92 @@ struct Spread {
     lane = _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
   }
 
-  // Groups [0, groups) of a block to tiles[ceil(groups / 8)][16][16] dwords, zeros after the last.
-  // Brings the values `ahead` bytes on nearer.
-  void operator()(const Block& block, int64_t groups, int64_t ahead, uint32_t* to) const {
+  // Groups [0, groups) of a block to tiles[ceil(groups / 8)][parts][16][16] dwords, zeros after the
+  // last. Brings the values `ahead` bytes on nearer. False if one of fp16 is infinite or a NaN.
+  template <DType D>
+  bool run(const Block& block, int64_t groups, int64_t ahead, uint32_t* to) const {
+    constexpr int kParts = D == DType::f16 ? 2 : 1;
+    __mmask32 odd = 0;
     for (int64_t g = 0; g < groups;) {
       __m512i bits = _mm512_loadu_si512(block.meta + g / 8 * kBlock);
       for (const int64_t end = g + 8 < groups ? g + 8 : groups; g < end; ++g, to += 2 * kBlock) {
-        const __m512i pairs = _mm512_loadu_si512(block.values + g * kGroupBytes<DType::bf16>);
-        __builtin_prefetch(block.values + g * kGroupBytes<DType::bf16> + ahead, 0, 2);
-        const auto move = [&](__m512i table) {
-          const __m512i bytes = _mm512_or_si512(_mm512_permutexvar_epi32(bits, table), lane);
-          return _mm512_shuffle_epi8(pairs, bytes);
-        };
-        _mm512_store_si512(to, move(low));
-        _mm512_store_si512(to + kBlock, move(high));
+        const uint8_t* values = block.values + g * kGroupBytes<D>;
+        __builtin_prefetch(values + ahead, 0, 2);
+        const __m512i where_low = _mm512_or_si512(_mm512_permutexvar_epi32(bits, low), lane);
+        const __m512i where_high = _mm512_or_si512(_mm512_permutexvar_epi32(bits, high), lane);
         bits = _mm512_srli_epi32(bits, 4);
+        const __m512i stored = _mm512_loadu_si512(values);
+        if constexpr (D == DType::bf16) {
+          _mm512_store_si512(to, _mm512_shuffle_epi8(stored, where_low));
+          _mm512_store_si512(to + kBlock, _mm512_shuffle_epi8(stored, where_high));
+        } else {
+          odd |= not_finite(stored);
+          const Halves first(_mm512_castsi512_si256(stored));
+          const Halves second(_mm512_extracti64x4_epi64(stored, 1));
+          const __m512i large = pairs_of(first.large, second.large);
+          const __m512i small = pairs_of(first.small, second.small);
+          _mm512_store_si512(to, _mm512_shuffle_epi8(large, where_low));
+          _mm512_store_si512(to + kBlock, _mm512_shuffle_epi8(large, where_high));
+          _mm512_store_si512(to + kTile, _mm512_shuffle_epi8(small, where_low));
+          _mm512_store_si512(to + kTile + kBlock, _mm512_shuffle_epi8(small, where_high));
+        }
       }
+      if (g % 8 == 0) to += (kParts - 1) * kTile;
     }
     for (int64_t g = groups; g % 8 != 0; ++g, to += 2 * kBlock) {
-      _mm512_store_si512(to, _mm512_setzero_si512());
-      _mm512_store_si512(to + kBlock, _mm512_setzero_si512());
+      for (int part = 0; part < kParts; ++part) {
+        _mm512_store_si512(to + part * kTile, _mm512_setzero_si512());
+        _mm512_store_si512(to + part * kTile + kBlock, _mm512_setzero_si512());
+      }
     }
+    return odd == 0;
   }
 };
 
+template <DType D>
 struct LinearAmx {
-  using Weight = Blocks<Avx512, DType::bf16>;
+  static constexpr int kParts = D == DType::f16 ? 2 : 1;
+  using Weight = Blocks<Avx512, D>;
   static constexpr int64_t kTileGroups = 8;
   // Groups whose x is in L2 at a time: a whole cache line of a row's meta. Groups spread at a time:
   // two blocks of them and their x are in L1 together.
-  static constexpr int64_t kDepth = 128, kSpread = 64;
+  static constexpr int64_t kDepth = 128, kSpread = 64 / kParts;
   static constexpr int64_t kAhead = 8192;  // bytes
   static constexpr int kBlocks = 32;       // of weight that share a chunk of x while it is in L2
   static constexpr int kTiles = 32;        // of x whose sums with them stay in L2
   static constexpr int kFewTiles = 4;      // up to here a packed weight is read as one stream
 
-  static void pack(const Linear24& a, const XTile& tile) {
+  static bool pack(const Linear24& a, const XTile& tile) {
     const auto* x = static_cast<const uint16_t*>(a.x) + tile.m0 * a.x_stride_m;
-    pack_a(x, a.x_stride_m, a.x_stride_k, a.K, tile.rows, tile.height,
-           static_cast<uint16_t*>(tile.data));
+    auto* out = static_cast<uint16_t*>(tile.data);
+    const int64_t size = tile.height * kTileSpan;
+    __mmask32 odd = 0;
+    if (kParts == 1) {
+      pack_a(x, a.x_stride_m, a.x_stride_k, a.K, tile.rows, tile.height, out);
+      return true;
+    }
+    for (int64_t k = 0; k < a.K; k += kTileSpan, out += 2 * size) {
+      pack_a(x + k * a.x_stride_k, a.x_stride_m, a.x_stride_k,
+             std::min<int64_t>(kTileSpan, a.K - k), tile.rows, tile.height, out);
+      for (int64_t i = 0; i < size; i += kTileSpan) {
+        const __m512i row = _mm512_loadu_si512(out + i);
+        odd |= not_finite(row);
+        for (int half = 0; half < 2; ++half) {
+          const Halves parts(half == 0 ? _mm512_castsi512_si256(row)
+                                       : _mm512_extracti64x4_epi64(row, 1));
+          const auto store = [](uint16_t* to, __m512i upper) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16)));
+          };
+          store(out + i + half * 16, parts.large);
+          store(out + size + i + half * 16, parts.small);
+        }
+      }
+    }
+    return odd == 0;
   }
 
-  static void run(const Linear24& a, const XTile* tiles, int count, int64_t n0, int64_t n1,
+  static bool run(const Linear24& a, const XTile* tiles, int count, int64_t n0, int64_t n1,
                   Scratch& scratch) {
     const int64_t height = tiles[0].height;
     const int most = count > kFewTiles ? kBlocks : a.packed ? 1 : 2;
@@ -120,27 +191,30 @@ struct LinearAmx {
     auto* weight = reinterpret_cast<uint32_t*>(acc + acc_room);
     auto* room = reinterpret_cast<uint8_t*>(weight + 2 * kWeightSize);
     const Tiles configured(static_cast<int>(height));
+    bool fine = true;
     for (int64_t n = n0; n < n1; n += most * kBlock) {
       const int64_t end = std::min(n1, n + most * kBlock);
       for (int t = 0; t < count; t += kTiles) {
         const int here = std::min(count - t, kTiles);
-        sum(a, tiles + t, here, n, end, acc, weight, room);
+        fine &= sum(a, tiles + t, here, n, end, acc, weight, room);
         write(a, tiles + t, here, n, end, acc);
       }
     }
+    return fine;
   }
 
  private:
   static constexpr int64_t kWeightSize =
-      kSpread / kTileGroups * kTile;  // dwords of a block's chunk
+      kSpread / kTileGroups * kParts * kTile;  // dwords of a block's chunk
 
   // acc[blocks][count][height][16] of columns [n, end).
-  static void sum(const Linear24& a, const XTile* tiles, int count, int64_t n, int64_t end,
+  static bool sum(const Linear24& a, const XTile* tiles, int count, int64_t n, int64_t end,
                   float* acc, uint32_t* weight, uint8_t* room) {
     static const Spread spread;
-    const int64_t groups = a.K / 4, x_step = tiles[0].height * kTileSpan;
+    const int64_t groups = a.K / 4, x_step = tiles[0].height * kTileSpan * kParts;
     const int64_t acc_size = tiles[0].height * kBlock, acc_w = count * acc_size;
     const int blocks = static_cast<int>(ceil_div(end - n, kBlock));
+    bool fine = true;
     if (groups == 0) std::memset(acc, 0, sizeof(float) * blocks * acc_w);
     for (int64_t chunk = 0; chunk < groups; chunk += kDepth) {
       const int64_t stop = std::min(chunk + kDepth, groups);
@@ -156,9 +230,9 @@ struct LinearAmx {
         for (int64_t g = chunk; g < stop; g += kSpread) {
           const int64_t here = std::min(kSpread, stop - g), along = ceil_div(here, kTileGroups);
           for (int i = 0; i < 1 + two; ++i) {
-            const Block part = {block[i].values + (g - chunk) * kGroupBytes<DType::bf16>,
+            const Block part = {block[i].values + (g - chunk) * kGroupBytes<D>,
                                 block[i].meta + (g - chunk) / 8 * kBlock};
-            spread(part, here, kAhead, weight + i * kWeightSize);
+            fine &= spread.run<D>(part, here, kAhead, weight + i * kWeightSize);
           }
           for (int t = 0; t < count; t += 2) {
             const auto at = [&](int i) {
@@ -169,47 +243,55 @@ struct LinearAmx {
                        acc + b * acc_w + t * acc_size, acc_size, acc_w);
             };
             if (t + 1 < count) {
-              call(two ? multiply_tiles<2, 2> : multiply_tiles<2, 1>, at(t + 1) - at(t));
+              call(two ? multiply_tiles<2, 2, kParts> : multiply_tiles<2, 1, kParts>,
+                   at(t + 1) - at(t));
             } else {
-              call(two ? multiply_tiles<1, 2> : multiply_tiles<1, 1>, 0);
+              call(two ? multiply_tiles<1, 2, kParts> : multiply_tiles<1, 1, kParts>, 0);
             }
           }
         }
       }
     }
+    return fine;
   }
 
   static void write(const Linear24& a, const XTile* tiles, int count, int64_t n, int64_t end,
                     const float* acc) {
     alignas(64) float bias[kBlocks * kBlock];
-    load_bias<DType::bf16>(a, n, end, bias);
+    load_bias<D>(a, n, end, bias);
     const int64_t acc_size = tiles[0].height * kBlock, acc_w = count * acc_size;
     for (int t = 0; t < count; ++t, acc += acc_size) {
       for (int r = 0; r < tiles[t].rows; ++r) {
         const float* from = acc + r * kBlock;
         for (int64_t at = n; at < end; at += kBlock, from += acc_w) {
-          finish<Avx512, DType::bf16>(from, bias + (at - n),
-                                      static_cast<int>(std::min<int64_t>(end - at, kBlock)),
-                                      a.activation, a.y, (tiles[t].m0 + r) * a.N + at);
+          finish<Avx512, D>(from, bias + (at - n),
+                            static_cast<int>(std::min<int64_t>(end - at, kBlock)), a.activation,
+                            a.y, (tiles[t].m0 + r) * a.N + at);
         }
       }
     }
   }
 };
 
-constexpr Linear24Kernels with_amx(Linear24Kernels kernels) {
-  kernels.max_rows = 5;
+template <DType D>
+constexpr Linear24Kernels with_amx(Linear24Kernels kernels, const Linear24Kernels* instead) {
+  kernels.max_rows = D == DType::f16 ? 8 : 5;
+  kernels.max_tiles = kernels.max_tiles_packed = INT64_MAX;
   kernels.tile_rows = kTileRows;
   kernels.tile_span = kTileSpan;
-  kernels.pack_tile = LinearAmx::pack;
-  kernels.tiles = LinearAmx::run;
+  kernels.pack_tile = LinearAmx<D>::pack;
+  kernels.tiles = LinearAmx<D>::run;
+  kernels.instead = instead;
   return kernels;
 }
 
 }  // namespace
 
-extern const Linear24Kernels linear_24_amx =
-    with_amx(linear_24_kernels<Avx512, DType::bf16, DotRow, DotTile>(8, INT64_MAX, INT64_MAX));
+extern const Linear24Kernels linear_24_amx_bf16 = with_amx<DType::bf16>(
+    linear_24_kernels<Avx512, DType::bf16, DotRow, DotTile>(0, 0, 0), nullptr);
+extern const Linear24Kernels linear_24_amx_f16 =
+    with_amx<DType::f16>(linear_24_kernels<Avx512, DType::f16, FloatRow, FloatTile>(0, 0, 0),
+                         &linear_24_avx512[static_cast<int>(DType::f16)]);
 
 }  // namespace sparsekern::cpu
 

@@ -134,7 +134,7 @@ struct LinearTiles {
   }
 
   // Columns [n0, n1) of y, n0 a multiple of 16, for the rows of x in `tiles`.
-  static void run(const Linear24& a, const XTile* tiles, int count, int64_t n0, int64_t n1,
+  static bool run(const Linear24& a, const XTile* tiles, int count, int64_t n0, int64_t n1,
                   Scratch& scratch) {
     const int64_t groups = a.K / 4, height = tiles[0].height;
     const Function multiply_rows =
@@ -193,10 +193,11 @@ struct LinearTiles {
         }
       }
     }
+    return true;
   }
 
   // Rows [m0, m0 + rows) of x as a tile of `height` rows; rows past them and k past K are zero.
-  static void pack(const Linear24& a, const XTile& tile) {
+  static bool pack(const Linear24& a, const XTile& tile) {
     auto* out = static_cast<X*>(tile.data);
     const int64_t spans = ceil_div(a.K, kSpan);
     for (int r = 0; r < tile.height; ++r) {
@@ -235,6 +236,7 @@ struct LinearTiles {
         }
       }
     }
+    return true;
   }
 };
 
