@@ -221,7 +221,7 @@ _CONFIGS = {
     "many": [
         Config("many", 16, 32, 128, 4, 4),
         Config("many", 16, 64, 128, 4, 3),
-        Config("many", 32, 64, 64, 4, 4),
+        Config("many", 32, 64, 64, 4, 3),
         Config("many", 64, 64, 64, 4, 3),
         Config("many", 64, 128, 64, 4, 3),
         Config("many", 128, 128, 64, 8, 3),
