@@ -129,7 +129,8 @@ struct DxAmx {
     const uint32_t kept = ~0u >> (32 - width / 2);
     const auto row = [&](int64_t at, __m512i* dense) {
       const bool there = at < a.N;
-      const uint8_t *v = values + (there ? at : n) * a.K, *m = meta + (there ? at : n) * row_meta;
+      const int64_t from = there ? at : a.N - 1;
+      const uint8_t *v = values + from * a.K, *m = meta + from * row_meta;
       __builtin_prefetch(v + ahead, 0, 2);
       if (ahead_meta != 0) __builtin_prefetch(m + ahead_meta, 0, 2);
       uint64_t bits = 0;
