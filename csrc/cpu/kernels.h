@@ -135,17 +135,23 @@ struct Gradient24Kernels {
   bool pairs;                         // bf16 as pairs
 };
 
-// The gradients in bf16 where the CPU multiplies tiles. Factors are packed for all threads, the
-// rest works serially on the range it is given, within `scratch`.
+// Rows [m0, m0 + rows) of dy in tiles of `height` rows, `apart` elements from one to the next.
+struct DyTiles {
+  void* data;
+  int64_t m0, rows, apart;
+  int height;
+};
+
+// The gradients in bf16 where the CPU multiplies tiles. A factor is packed for all threads; the rest
+// works serially on the range it is given, within `scratch`. dx multiplies the zeros of the weight,
+// too.
 struct Gradient24Tiles {
   int rows,
       span;  // the most rows of a tile; what is summed over is padded to a multiple of the span
-  // Rows [m, m + rows) of dy to tile[height * N, padded]; zeros past them.
-  void (*dx_pack)(const Linear24Dx&, int64_t m, int rows, int height, void* tile);
-  // Columns [k0, k1) of rows [m, m + rows) of dx, from their tiles of dy; k0 is a multiple of 64.
-  void (*dx)(const Linear24Dx&, const void* dy, int64_t m, int64_t rows, int height, int64_t k0,
-             int64_t k1, Scratch&);
-  // Columns [k0, k1) of x to x[k1 - k0, padded to 32][M, padded]; k0 is a multiple of 64.
+  void (*dx_pack)(const Linear24Dx&, const DyTiles&, int64_t tile);
+  // Columns [k0, k1) of those rows of dx; k0 is a multiple of 64.
+  void (*dx)(const Linear24Dx&, const DyTiles&, int64_t k0, int64_t k1, Scratch&);
+  // Columns [k0, k1) of x, sixteen after sixteen; there is room for whole 64. k0 is a multiple of 64.
   void (*dvalues_pack)(const Linear24Dvalues&, int64_t k0, int64_t k1, void* x);
   // The same columns of dvalues for rows [n0, n1).
   void (*dvalues)(const Linear24Dvalues&, const void* x, int64_t k0, int64_t k1, int64_t n0,

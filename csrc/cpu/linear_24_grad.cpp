@@ -22,6 +22,7 @@ constexpr int64_t kGrain = 1 << 16;         // multiply-adds a thread is worth w
 constexpr int64_t kPackGrain = 1 << 14;     // words, likewise
 constexpr int64_t kDvaluesWords = 8 << 20;  // of x packed at a time: 32 MB
 constexpr int64_t kDxTileRows = 1024;       // of dy packed in tiles at a time
+constexpr int64_t kDxTileSkew = 256;        // columns; keeps tiles off each other's sets of L2
 
 int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
@@ -129,20 +130,16 @@ void dx_by_tiles(const Linear24Dx& a, const Gradient24Tiles& kernels, int thread
   // Equal tiles, so that no rows of zeros are multiplied but those of the last one.
   const int64_t most = std::min(a.M, kDxTileRows);
   const auto height = static_cast<int>(ceil_div(most, ceil_div(most, kernels.rows)));
-  const int64_t tile = height * round_up(a.N, kernels.span);
-  auto* dy = shared_words.get<uint16_t>(ceil_div(most, height) * tile);
+  const int64_t apart = height * (round_up(a.N, kernels.span) + kDxTileSkew);
+  auto* data = shared_words.get<uint16_t>(ceil_div(most, height) * apart);
   for (int64_t m = 0; m < a.M; m += kDxTileRows) {
-    const int64_t rows = std::min(kDxTileRows, a.M - m);
-    parallel_for(
-        ceil_div(rows, height), kPackGrain / tile + 1, 1, threads, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t) {
-            const int64_t left = std::min<int64_t>(height, rows - t * height);
-            kernels.dx_pack(a, m + t * height, static_cast<int>(left), height, dy + t * tile);
-          }
-        });
-    parallel_for(a.K, kGrain / (rows * a.N) + 1, 64, threads, [&](int64_t k0, int64_t k1) {
-      kernels.dx(a, dy, m, rows, height, k0, k1, thread_words);
-    });
+    const DyTiles dy = {data, m, std::min(kDxTileRows, a.M - m), apart, height};
+    parallel_for(ceil_div(dy.rows, height), kPackGrain / apart + 1, 1, threads,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t t = begin; t < end; ++t) kernels.dx_pack(a, dy, t);
+                 });
+    parallel_for(a.K, kGrain / (dy.rows * a.N) + 1, 64, threads,
+                 [&](int64_t k0, int64_t k1) { kernels.dx(a, dy, k0, k1, thread_words); });
   }
 }
 

@@ -14,8 +14,9 @@
 //
 //   for 512 columns k and 512 rows of dy        their sums stay in L2: 1 MiB
 //     for chunks of 256 n                       dy of a chunk, too: 256 KiB
-//       for 64 columns                          spread, 32 KiB: in L1
-//         for pairs of tiles of dy              four tiles of sums, twice
+//       for 64 columns                          spread, 32 KiB
+//         for halves of them                    16 KiB: in L1
+//           for pairs of tiles of dy            four tiles of sums, two of dy, two of weight
 //
 // dvalues: all products are made, and the kept ones written.
 //
@@ -24,11 +25,16 @@
 //     sums      [ 16 n ][ 16 k ] fp32           += dy · x
 //     dvalues   sums that meta names            a permute of 32 columns to sixteen kept ones
 //
-//   for 64 columns k
-//     for chunks of 256 m                       x of a chunk, 32 KiB: in L1
-//       for pairs of tiles of dy                four tiles of sums, twice; kept ones after the last m
+//   for 256 rows n, turned
+//     for 64 columns k
+//       for chunks of 256 m                     x of a chunk, 32 KiB: in L1
+//         for pairs of tiles of dy              four tiles of sums, twice; kept ones after the last m
 //
-// LIMITS
+// Limited for few rows by bytes: of the weight, 0.56 of a dense product's, or of dvalues, half of a
+// dense product's. Their lines lie a row apart, where no hardware prefetcher follows, so each is
+// asked for 64 columns ahead: without it dvalues took 14 ms in place of 9 at M = 256, 4096 x 4096.
+// For many by what comes from L2: a tile product takes 5 ns with operands from L1, a tile from L2 6 to
+// load and 19 to store, and in these loops a product takes 13 to 14 (Xeon 6).
 #include "target.h"
 #if defined(__x86_64__)
 
@@ -106,9 +112,11 @@ struct DxAmx {
   static constexpr int64_t kTiles = 32;                    // of dy, likewise
   static constexpr int64_t kWeight = kDepthTiles * kTile;  // dwords of sixteen columns
 
-  static void pack(const Linear24Dx& a, int64_t m, int rows, int height, void* tile) {
-    const auto* dy = static_cast<const uint16_t*>(a.dy.data) + m * a.dy.stride_m;
-    pack_a(dy, a.dy.stride_m, a.dy.stride_i, a.N, rows, height, static_cast<uint16_t*>(tile));
+  static void pack(const Linear24Dx& a, const DyTiles& to, int64_t tile) {
+    const int64_t first = tile * to.height, rows = std::min<int64_t>(to.height, to.rows - first);
+    const auto* dy = static_cast<const uint16_t*>(a.dy.data) + (to.m0 + first) * a.dy.stride_m;
+    pack_a(dy, a.dy.stride_m, a.dy.stride_i, a.N, static_cast<int>(rows), to.height,
+           static_cast<uint16_t*>(to.data) + tile * to.apart);
   }
 
   // Rows [n, n + 32 * tiles) and columns [k, k + 64) of weight to b[4][kDepthTiles][16][16], zeros
@@ -121,7 +129,8 @@ struct DxAmx {
     const uint32_t kept = ~0u >> (32 - width / 2);
     const auto row = [&](int64_t at, __m512i* dense) {
       const bool there = at < a.N;
-      const uint8_t *v = values + (there ? at : n) * a.K, *m = meta + (there ? at : n) * row_meta;
+      const int64_t from = there ? at : a.N - 1;
+      const uint8_t *v = values + from * a.K, *m = meta + from * row_meta;
       __builtin_prefetch(v + ahead, 0, 2);
       if (ahead_meta != 0) __builtin_prefetch(m + ahead_meta, 0, 2);
       uint64_t bits = 0;
@@ -150,16 +159,16 @@ struct DxAmx {
     }
   }
 
-  static void run(const Linear24Dx& a, const void* dy, int64_t m0, int64_t rows, int height,
-                  int64_t k0, int64_t k1, Scratch& scratch) {
+  static void run(const Linear24Dx& a, const DyTiles& dy, int64_t k0, int64_t k1,
+                  Scratch& scratch) {
     static const Spread table;
-    const auto* x = static_cast<const uint16_t*>(dy);
-    const int64_t x_tile = ceil_div(a.N, kTileSpan) * kTileSpan * height;
-    const int64_t count = ceil_div(rows, height), sums_tile = int64_t{height} * 16;
+    const auto* data = static_cast<const uint16_t*>(dy.data);
+    const int64_t height = dy.height, count = ceil_div(dy.rows, height);
+    const int64_t sums_tile = height * 16;  // of a tile of dy with one of weight
     const int64_t sums_room = std::min(count, kTiles) * sums_tile * (kBlock / 16);
     float* sums = scratch.get<float>(sums_room + kColumns / 16 * kWeight);
     auto* weight = reinterpret_cast<uint32_t*>(sums + sums_room);
-    const Tiles configured(height);
+    const Tiles configured(dy.height);
     for (int64_t k = k0; k < k1; k += kBlock) {
       const int64_t end = std::min(k1, k + kBlock);
       for (int64_t t0 = 0; t0 < count; t0 += kTiles) {
@@ -169,18 +178,18 @@ struct DxAmx {
           for (int64_t j = k; j < end; j += kColumns) {
             const int64_t ahead = j + kColumns < end ? kColumns : kDepth * a.K - (j - k);
             spread(table, a, n, along, j, ahead, j == k ? kDepth * meta_bytes(a.K) : 0, weight);
-            for (int64_t t = t0; t < t1; t += 2) {
-              for (int64_t w = 0; w < kColumns / 16 && j + 16 * w < end; w += 2) {
-                multiply_pair(t + 1 < t1, x + t * x_tile + n * height, kTileSpan * height, x_tile,
-                              weight + w * kWeight, kWeight, along, n == 0,
+            for (int64_t w = 0; w < kColumns / 16 && j + 16 * w < end; w += 2) {
+              for (int64_t t = t0; t < t1; t += 2) {
+                multiply_pair(t + 1 < t1, data + t * dy.apart + n * height, kTileSpan * height,
+                              dy.apart, weight + w * kWeight, kWeight, along, n == 0,
                               sums + ((j - k) / 16 + w) * sums_b + (t - t0) * sums_tile, sums_tile,
                               sums_b);
               }
             }
           }
         }
-        for (int64_t r = t0 * height; r < std::min(rows, t1 * height); ++r) {
-          write(a, m0 + r, k, end, sums + (r - t0 * height) * 16, sums_b);
+        for (int64_t r = t0 * height; r < std::min(dy.rows, t1 * height); ++r) {
+          write(a, dy.m0 + r, k, end, sums + (r - t0 * height) * 16, sums_b);
         }
       }
     }
@@ -204,8 +213,8 @@ struct DxAmx {
 };
 
 struct DvaluesAmx {
-  static constexpr int64_t kBlockBytes = 1 << 20;  // of a block of dy, and its rows at most:
-  static constexpr int64_t kRows = 1024, kMinRows = 64;
+  // Rows n whose dy stays in L2, and the bytes of it; at least two tiles.
+  static constexpr int64_t kRows = 256, kBlockBytes = 1 << 20;
 
   // Elements [i, i + 16) of rows m and m + 1, side by side; zeros past the ends.
   static __m512i pairs(const Strided& s, int64_t M, int64_t I, int64_t m, int64_t i) {
@@ -257,8 +266,9 @@ struct DvaluesAmx {
   static void run(const Linear24Dvalues& a, const void* x, int64_t k0, int64_t k1, int64_t n0,
                   int64_t n1, Scratch& scratch) {
     const int64_t depth = ceil_div(a.M, kTileSpan), a_tile = depth * kTile;
-    const int64_t rows = std::min(std::clamp(kBlockBytes / (depth * 64) / 32 * 32, kMinRows, kRows),
-                                  ceil_div(n1 - n0, 16) * 16);
+    const int64_t rows =
+        std::min(std::clamp<int64_t>(kBlockBytes / (depth * 64) / 32 * 32, 32, kRows),
+                 ceil_div(n1 - n0, 16) * 16);
     // Sums of sixteen rows; those of all rows where they have to wait for the next chunk.
     const int64_t sums_tile = kColumns / 16 * kTile;
     const bool waits = depth > kDepthTiles;
@@ -297,6 +307,7 @@ struct DvaluesAmx {
   static void write(const Linear24Dvalues& a, int64_t n, int64_t k, int64_t k1, const float* sums) {
     const uint8_t* meta = a.meta + n * meta_bytes(a.K);
     auto* out = static_cast<uint16_t*>(a.dvalues) + n * (a.K / 2);
+    __builtin_prefetch(out + k / 2 + kColumns / 2, 1, 2);  // to be written next
     for (const int64_t end = std::min(k1, k + kColumns); k < end; k += 32, sums += 2 * kTile) {
       uint8_t some[4] = {};
       const uint8_t* bits = meta + k / 8;
@@ -313,7 +324,7 @@ struct DvaluesAmx {
 }  // namespace
 
 extern const Gradient24Tiles linear_24_grad_amx = {
-    kTileRows, kTileSpan, DxAmx::pack, DxAmx::run, DvaluesAmx::pack, DvaluesAmx::run, 16, 16,
+    kTileRows, kTileSpan, DxAmx::pack, DxAmx::run, DvaluesAmx::pack, DvaluesAmx::run, 3, 6,
 };
 
 }  // namespace sparsekern::cpu
