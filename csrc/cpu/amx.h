@@ -1,7 +1,7 @@
 // The tiles of AMX as linear_24 and its gradients use them. Included inside a target region, after
 // the standard headers; the unnamed namespace keeps each file's copy its own.
 //
-//     sums [ 16 ][ 16 ] fp32   +=   a [ 16 ][ 32 ]  ·  b [ 16 pairs ][ 16 ][ 2 ]      bf16, 1 KiB each
+//     sums [ 16 ][ 16 ] fp32   +=   a [ 16 ][ 32 ] · b [ 16 pairs ][ 16 ][ 2 ]     1 KiB each
 //
 // A tile product takes 16 cycles; loads from L1 hide behind it, those from L2 take 24 themselves.
 #pragma once
@@ -36,8 +36,8 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Rows [0, rows) of x, of `columns`, strided in elements, to a[ceil(columns / 32)][height][32]; rows
-// and columns past them are zero.
+// Rows [0, rows) of x, of `columns`, strided in elements, to out[ceil(columns / 32)][height][32];
+// rows and columns past them are zero.
 void pack_a(const uint16_t* x, int64_t stride_row, int64_t stride_column, int64_t columns, int rows,
             int height, uint16_t* out) {
   for (int64_t k = 0; k < columns; k += kTileSpan) {
@@ -59,10 +59,10 @@ void pack_a(const uint16_t* x, int64_t stride_row, int64_t stride_column, int64_
   }
 }
 
-// sums[A][B] of [rows][16] fp32 = (first ? 0 : sums) + a · b over `tiles` tiles. Tiles of a lie a_step
-// elements apart along the summed dimension and a_apart in the next sixteen rows, those of b kTile
-// and b_apart, sums sums_a and sums_b. With P = 2 each tile is a sum of two: a's second lies a_step / 2
-// on, b's kTile, and all four products are added.
+// sums[A][B] of [rows][16] fp32 = (first ? 0 : sums) + a · b over `tiles` tiles. Tiles of a lie
+// a_step elements apart along the summed dimension and a_apart in the next sixteen rows, those of b
+// kTile and b_apart, sums sums_a and sums_b. With P = 2 each tile is a sum of two: a's second lies
+// a_step / 2 on, b's kTile, and all four products are added.
 template <int A, int B, int P = 1>
 void multiply_tiles(const uint16_t* a, int64_t a_step, int64_t a_apart, const uint32_t* b,
                     int64_t b_apart, int64_t tiles, bool first, float* sums, int64_t sums_a,
@@ -81,6 +81,12 @@ void multiply_tiles(const uint16_t* a, int64_t a_step, int64_t a_apart, const ui
     if (A == 2 && B == 2) _tile_loadd(3, sums + sums_a + sums_b, 64);
   }
   for (int64_t t = 0; t < tiles; ++t, a += a_step) {
+    // Two lines of each tile of sums of the next A: in L1 for the next call, after eight tiles.
+    for (int i = 0; i < A * B; ++i) {
+      const float* next = sums + A * sums_a + i / B * sums_a + i % B * sums_b + t * 32;
+      __builtin_prefetch(next, 1, 3);
+      __builtin_prefetch(next + 16, 1, 3);
+    }
     for (int of_b = 0; of_b < P; ++of_b, b += kTile) {
       _tile_loadd(6, b, 64);
       for (int of_a = 0; of_a < P; ++of_a) {

@@ -142,16 +142,16 @@ struct DyTiles {
   int height;
 };
 
-// The gradients in bf16 where the CPU multiplies tiles. A factor is packed for all threads; the rest
-// works serially on the range it is given, within `scratch`. dx multiplies the zeros of the weight,
-// too.
+// The gradients in bf16 where the CPU multiplies tiles. A factor is packed for all threads; the
+// rest works serially on the range it is given, within `scratch`. dx multiplies the zeros of the
+// weight, too.
 struct Gradient24Tiles {
   int rows,
       span;  // the most rows of a tile; what is summed over is padded to a multiple of the span
   void (*dx_pack)(const Linear24Dx&, const DyTiles&, int64_t tile);
   // Columns [k0, k1) of those rows of dx; k0 is a multiple of 64.
   void (*dx)(const Linear24Dx&, const DyTiles&, int64_t k0, int64_t k1, Scratch&);
-  // Columns [k0, k1) of x, sixteen after sixteen; there is room for whole 64. k0 is a multiple of 64.
+  // Columns [k0, k1) of x, sixteen after sixteen, with room for whole 64; k0 is a multiple of 64.
   void (*dvalues_pack)(const Linear24Dvalues&, int64_t k0, int64_t k1, void* x);
   // The same columns of dvalues for rows [n0, n1).
   void (*dvalues)(const Linear24Dvalues&, const void* x, int64_t k0, int64_t k1, int64_t n0,

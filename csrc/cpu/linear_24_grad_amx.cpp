@@ -3,10 +3,10 @@
 //
 // dx: kept values are spread out where they are used, two rows at a time.
 //
-//     values of n      [ 8 groups: first second ]   meta ─vpermt2q in a table of 16─▶ which byte goes where
-//                      ─vpermb─▶ [ 32 k of n ]      zeros where nothing is kept
+//     nibble           i0 | i1 << 2 of a group  ─vpermt2q in a table of 16─▶  which byte goes where
+//     values of n      [ 8 groups: first second ]  ─vpermb─▶  [ 32 k of n ]   zeros elsewhere
 //     n and n + 1      ─vpunpckl/hwd─▶ rows of two tiles of pairs; their columns lie
-//                      0-3 8-11 16-19 24-27 and 4-7 12-15 20-23 28-31, and are put in order at the end
+//                      0-3 8-11 16-19 24-27 and 4-7 12-15 20-23 28-31, until the sums are written
 //
 //     dy        [ 16 m ][ 32 n ]                1 KiB
 //     weight    [ 16 pairs of n ][ 16 k ][ 2 ]  1 KiB
@@ -28,13 +28,14 @@
 //   for 256 rows n, turned
 //     for 64 columns k
 //       for chunks of 256 m                     x of a chunk, 32 KiB: in L1
-//         for pairs of tiles of dy              four tiles of sums, twice; kept ones after the last m
+//         for pairs of tiles of dy              four tiles of sums, twice; then the kept ones
 //
 // Limited for few rows by bytes: of the weight, 0.56 of a dense product's, or of dvalues, half of a
 // dense product's. Their lines lie a row apart, where no hardware prefetcher follows, so each is
-// asked for 64 columns ahead: without it dvalues took 14 ms in place of 9 at M = 256, 4096 x 4096.
-// For many by what comes from L2: a tile product takes 5 ns with operands from L1, a tile from L2 6 to
-// load and 19 to store, and in these loops a product takes 13 to 14 (Xeon 6).
+// asked for ahead: without it dvalues took 14 ms in place of 9 at M = 256, 4096 x 4096. For many
+// rows by what comes from L2 and by the sums that wait there: a tile product takes 5 ns with operands
+// from L1, a tile from L2 6 to load and 19 to store, and these loops take 13 and 15 a product (Xeon
+// 6).
 #include "target.h"
 #if defined(__x86_64__)
 
@@ -111,6 +112,7 @@ struct DxAmx {
   static constexpr int64_t kBlock = 512;                   // columns whose sums stay in L2
   static constexpr int64_t kTiles = 32;                    // of dy, likewise
   static constexpr int64_t kWeight = kDepthTiles * kTile;  // dwords of sixteen columns
+  static constexpr int64_t kAhead = 48;                    // rows of weight
 
   static void pack(const Linear24Dx& a, const DyTiles& to, int64_t tile) {
     const int64_t first = tile * to.height, rows = std::min<int64_t>(to.height, to.rows - first);
@@ -120,19 +122,22 @@ struct DxAmx {
   }
 
   // Rows [n, n + 32 * tiles) and columns [k, k + 64) of weight to b[4][kDepthTiles][16][16], zeros
-  // past the weight's ends. Brings the values `ahead` bytes on nearer, and their meta if `ahead_meta`.
+  // past the weight's ends. Brings values kAhead rows on nearer, at the end of a chunk
+  // of the next, whose rows lie `next` bytes from these; and meta `next_meta` bytes on, unless 0.
   static void spread(const Spread& spread, const Linear24Dx& a, int64_t n, int64_t tiles, int64_t k,
-                     int64_t ahead, int64_t ahead_meta, uint32_t* b) {
+                     int64_t next, int64_t next_meta, uint32_t* b) {
     const int64_t width = std::min(kColumns, a.K - k), row_meta = meta_bytes(a.K);
     const auto* values = static_cast<const uint8_t*>(a.values) + k;
     const uint8_t* meta = a.meta + k / 8;
     const uint32_t kept = ~0u >> (32 - width / 2);
+    const int64_t last = n + tiles * kTileSpan;
     const auto row = [&](int64_t at, __m512i* dense) {
       const bool there = at < a.N;
       const int64_t from = there ? at : a.N - 1;
       const uint8_t *v = values + from * a.K, *m = meta + from * row_meta;
-      __builtin_prefetch(v + ahead, 0, 2);
-      if (ahead_meta != 0) __builtin_prefetch(m + ahead_meta, 0, 2);
+      __builtin_prefetch(v + (at + kAhead < last ? kAhead * a.K : next - (kDepth - kAhead) * a.K),
+                         0, 2);
+      if (next_meta != 0) __builtin_prefetch(m + next_meta, 0, 2);
       uint64_t bits = 0;
       if (width == kColumns) {
         std::memcpy(&bits, m, 8);
@@ -147,7 +152,7 @@ struct DxAmx {
       dense[0] = spread.dense(all, spread.first_shift, load(0));
       dense[1] = spread.dense(all, spread.second_shift, load(1));
     };
-    for (int64_t end = n + tiles * kTileSpan; n < end; n += 2, b += 16) {
+    for (; n < last; n += 2, b += 16) {
       __m512i even[2], odd[2];
       row(n, even);
       row(n + 1, odd);
@@ -176,8 +181,8 @@ struct DxAmx {
         for (int64_t n = 0; n < a.N; n += kDepth) {
           const int64_t along = ceil_div(std::min(kDepth, a.N - n), kTileSpan);
           for (int64_t j = k; j < end; j += kColumns) {
-            const int64_t ahead = j + kColumns < end ? kColumns : kDepth * a.K - (j - k);
-            spread(table, a, n, along, j, ahead, j == k ? kDepth * meta_bytes(a.K) : 0, weight);
+            const int64_t next = j + kColumns < end ? kColumns : kDepth * a.K - (j - k);
+            spread(table, a, n, along, j, next, j == k ? kDepth * meta_bytes(a.K) : 0, weight);
             for (int64_t w = 0; w < kColumns / 16 && j + 16 * w < end; w += 2) {
               for (int64_t t = t0; t < t1; t += 2) {
                 multiply_pair(t + 1 < t1, data + t * dy.apart + n * height, kTileSpan * height,
@@ -241,8 +246,8 @@ struct DvaluesAmx {
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   }
 
-  // Columns [i0, i1) of s[M, I] to out[ceil((i1 - i0) / 16)][ceil(M / 32)] tiles: [pair of m][i], or
-  // [i][pair of m] if `turned`.
+  // Columns [i0, i1) of s[M, I] to tiles out[ceil((i1 - i0) / 16)][ceil(M / 32)]: [pair of m][i],
+  // or [i][pair of m] if `turned`.
   static void pack_pairs(const Strided& s, int64_t M, int64_t I, int64_t i0, int64_t i1,
                          bool turned, uint32_t* out) {
     const int64_t depth = ceil_div(M, kTileSpan);
