@@ -329,7 +329,7 @@ struct DvaluesAmx {
 }  // namespace
 
 extern const Gradient24Tiles linear_24_grad_amx = {
-    kTileRows, kTileSpan, DxAmx::pack, DxAmx::run, DvaluesAmx::pack, DvaluesAmx::run, 3, 6,
+    kTileRows, kTileSpan, DxAmx::pack, DxAmx::run, DvaluesAmx::pack, DvaluesAmx::run, 3, 5,
 };
 
 }  // namespace sparsekern::cpu
