@@ -14,11 +14,11 @@ JOBS ?= 2
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize portability cuda peers bench readme docs clean
+.PHONY: help demo test lint format sanitize portability cuda cubins peers bench readme docs clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
-	@echo "make lint | format | sanitize | portability | cuda | peers | bench | readme | docs | clean"
+	@echo "make lint | format | sanitize | portability | cuda | cubins | peers | bench | readme | docs | clean"
 
 $(VENV)/tools: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ test: $(VENV)/installed
 # there is nvcc. About ten minutes.
 cuda: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --cuda-sources tests/test_cuda_kernels.py tests/test_cuda_compile.py tests/test_cuda_model.py
+
+# The Triton kernels, every configuration compiled for every architecture: no spills, wide loads. About eight minutes.
+cubins: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) --cubins -m cubins tests/test_triton.py
 
 # What the tests leave out where it is missing: files and trainings side by side with the libraries that made them.
 peers: $(VENV)/installed

@@ -29,6 +29,7 @@ Table = dict[str, dict[str, dict[str, float]]]  # device, product, bucket
 
 _table: Table | None = None  # once read
 _found: dict[tuple, dict[int, float]] = {}  # what this process has looked up
+_known: dict[tuple[torch.device, int], bool] = {}  # likewise, of devices
 
 
 def path() -> Path:
@@ -46,9 +47,14 @@ def expands(op: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.d
     return measured(op, N, K, dtype, device).get(bucket(M), 0.0) >= WORTH
 
 
-def anything() -> bool:
-    """Whether anything was measured at all; where nothing was, no layer need look further."""
-    return bool(_read_table())
+def anything(device: torch.device) -> bool:
+    """Whether anything was measured for a device at all; where nothing was, no layer on it need look further."""
+    key = device, torch.get_num_threads()
+    known = _known.get(key)
+    if known is None:
+        here = device.type in ("cpu", "cuda")
+        known = _known[key] = here and bool(_read_table().get(device_name(device)))
+    return known
 
 
 def measured(op: str, N: int, K: int, dtype: torch.dtype, device: torch.device) -> dict[int, float]:
@@ -92,6 +98,7 @@ def forget() -> None:
     global _table
     _table = None
     _found.clear()
+    _known.clear()
 
 
 def read(file: Path) -> Table:

@@ -310,7 +310,7 @@ class SparseLinear(nn.Module):
         return op, self.out_features, _padded(self.in_features), dtype, weight.device
 
     def _expands(self, x: Tensor) -> bool:
-        if not choices.anything():
+        if not choices.anything(x.device):
             return False
         op, *rest = self._product()
         return choices.expands(op, x.shape[:-1].numel(), *rest)
