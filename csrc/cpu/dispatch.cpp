@@ -16,6 +16,7 @@
 #endif
 
 #include "kernels.h"
+#include "target.h"
 #include "threads.h"
 
 namespace sparsekern::cpu {
@@ -46,7 +47,7 @@ bool cpu_has_avx512_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("
 
 // The tiles of AMX need the system's leave, which it gives a process and its children once.
 bool cpu_has_amx() {
-#if defined(__linux__)
+#if defined(__linux__) && defined(SPARSEKERN_AMX)
   unsigned a, b, c, d = 0;
   constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;  // of edx, leaf 7
   if (!cpu_has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -63,6 +64,7 @@ bool cpu_has_amx() {
 // Best first. A new tier is its kernels, their declarations in kernels.h and its line here.
 constexpr Tier kTiers[] = {
 #if defined(__x86_64__)
+#if defined(SPARSEKERN_AMX)
     {"amx",
      cpu_has_amx,
      {&linear_24_avx512[0], &linear_24_amx_f16, &linear_24_amx_bf16},
@@ -71,6 +73,7 @@ constexpr Tier kTiers[] = {
      format_24_avx512,
      tiles_24_avx512,
      &linear_24_grad_amx},
+#endif
     {"avx512_bf16",
      cpu_has_avx512_bf16,
      {&linear_24_avx512[0], &linear_24_avx512[1], &linear_24_avx512_bf16},

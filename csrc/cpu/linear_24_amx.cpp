@@ -31,7 +31,7 @@
 // shuffles a group on the one port that shuffles, 32 cycles a tile of weight, for every 512 rows of x.
 // fp16 has four times the products and twice the loads.
 #include "target.h"
-#if defined(__x86_64__)
+#if defined(SPARSEKERN_AMX)
 
 #include <immintrin.h>
 
@@ -45,7 +45,7 @@
 #include "scalar_24.h"
 #include "scratch.h"
 
-SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AVX512 ",avx512vbmi,avx512bf16,amx-tile,amx-bf16")
+SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AMX)
 
 #include "amx.h"
 #include "linear_24.h"
@@ -151,6 +151,7 @@ struct LinearAmx {
   static constexpr int kFewTiles = 4;      // up to here a packed weight is read as one stream
 
   static bool pack(const Linear24& a, const XTile& tile) {
+    if (a.K == 0) return true;  // there may be no memory at all
     const auto* x = static_cast<const uint16_t*>(a.x) + tile.m0 * a.x_stride_m;
     auto* out = static_cast<uint16_t*>(tile.data);
     const int64_t size = tile.height * kTileSpan;

@@ -37,7 +37,7 @@
 // from L1, a tile from L2 6 to load and 19 to store, and these loops take 13 and 15 a product (Xeon
 // 6).
 #include "target.h"
-#if defined(__x86_64__)
+#if defined(SPARSEKERN_AMX)
 
 #include <immintrin.h>
 
@@ -49,7 +49,7 @@
 #include "kernels.h"
 #include "scratch.h"
 
-SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AVX512 ",avx512vbmi,avx512bf16,amx-tile,amx-bf16")
+SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AMX)
 
 #include "amx.h"
 #include "simd_avx512.h"
@@ -115,6 +115,7 @@ struct DxAmx {
   static constexpr int64_t kAhead = 48;                    // rows of weight
 
   static void pack(const Linear24Dx& a, const DyTiles& to, int64_t tile) {
+    if (a.N == 0) return;  // there may be no memory at all
     const int64_t first = tile * to.height, rows = std::min<int64_t>(to.height, to.rows - first);
     const auto* dy = static_cast<const uint16_t*>(a.dy.data) + (to.m0 + first) * a.dy.stride_m;
     pack_a(dy, a.dy.stride_m, a.dy.stride_i, a.N, static_cast<int>(rows), to.height,
@@ -146,7 +147,7 @@ struct DxAmx {
       }
       const auto load = [&](int half) {
         const auto mask = static_cast<__mmask16>(there ? kept >> 16 * half : 0);
-        return _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, v + 32 * half));
+        return _mm512_zextsi256_si512(_mm256_maskz_loadu_epi16(mask, v + 32 * half));
       };
       const __m512i all = _mm512_set1_epi64(static_cast<int64_t>(bits));
       dense[0] = spread.dense(all, spread.first_shift, load(0));

@@ -15,6 +15,10 @@
 #define SPARSEKERN_AVX2 "avx2,fma,f16c,bmi,bmi2,popcnt"
 #define SPARSEKERN_AVX512 \
   "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2," SPARSEKERN_AVX2
+// Defined where the compiler knows AMX: GCC and clang from 11 on.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
+#define SPARSEKERN_AMX SPARSEKERN_AVX512 ",avx512bf16,amx-tile,amx-bf16"
+#endif
 
 #if defined(__x86_64__) && defined(__clang__)
 #define SPARSEKERN_TARGET_BEGIN(isa) \

@@ -9,8 +9,10 @@
 //
 // Inputs are read-only while the core runs; an output holds a pattern before. The three thread
 // counts and the two placements must give the same bits.
+#include <algorithm>
 #include <cstdio>
 #include <functional>
+#include <iterator>
 #include <list>
 #include <string>
 #include <utility>
@@ -271,11 +273,21 @@ struct Shape {
 };
 // One to a few rows, panels and passes with remainders; K below, at and past a vector and a chunk.
 constexpr Shape kShapes[] = {
-    {0, 5, 8},     {3, 0, 8},     {1, 1, 4},     {1, 50, 1028}, {2, 47, 36},
-    {3, 97, 132},  {4, 48, 64},   {5, 49, 68},   {6, 31, 100},  {11, 33, 260},
-    {12, 65, 28},  {16, 96, 128}, {17, 17, 516}, {31, 16, 20},  {33, 131, 96},
-    {40, 50, 188}, {64, 40, 192}, {65, 13, 44},  {130, 49, 92}, {513, 19, 52},
-    {3, 513, 12},  {1, 1030, 72}, {9, 7, 4100},  {128, 64, 32}, {35, 530, 1060}};
+    {0, 5, 8},     {3, 0, 8},     {1, 1, 4},     {1, 50, 1028}, {2, 47, 36},   {3, 97, 132},
+    {4, 48, 64},   {5, 49, 68},   {6, 31, 100},  {11, 33, 260}, {12, 65, 28},  {16, 96, 128},
+    {17, 17, 516}, {31, 16, 20},  {33, 131, 96}, {40, 50, 188}, {64, 40, 192}, {65, 13, 44},
+    {130, 49, 92}, {513, 19, 52}, {3, 513, 12},  {1, 1030, 72}, {9, 7, 4100},  {128, 64, 32}};
+// What only the tiles of AMX divide further; too large for emulators.
+constexpr Shape kTileShapes[] = {
+    {35, 530, 1060}, {80, 1050, 1060}, {300, 300, 132}, {1030, 40, 68}};
+std::vector<Shape> shapes() {
+  std::vector<Shape> all(std::begin(kShapes), std::end(kShapes));
+  const auto isas = cpu::isas();
+  if (std::find(isas.begin(), isas.end(), "amx") != isas.end()) {
+    all.insert(all.end(), std::begin(kTileShapes), std::end(kTileShapes));
+  }
+  return all;
+}
 const std::pair<const char*, Activation> kActivations[] = {{"none", Activation::none},
                                                            {"relu", Activation::relu},
                                                            {"relu2", Activation::relu2},
@@ -366,7 +378,7 @@ void product(const Shape& s, DType dtype, int layout, int activation, bool with_
 void products() {
   int turn = 0;
   for (const DType dtype : kProducts) {
-    for (const Shape& shape : kShapes) {
+    for (const Shape& shape : shapes()) {
       product(shape, dtype, 0, 0, false, true);
       product(shape, dtype, turn % kLayouts, turn % 5, turn % 3 > 0, false);
       ++turn;
@@ -572,7 +584,8 @@ int main(int argc, char** argv) {
   section("its gradients", [] {
     int turn = 0;
     for (const DType dtype : kProducts) {
-      for (const Shape& shape : kShapes) gradients(shape, dtype, turn % kLayouts, turn % 2), ++turn;
+      for (const Shape& shape : shapes())
+        gradients(shape, dtype, turn % kLayouts, turn % 2), ++turn;
     }
   });
   section("zero-value compression", [] {
