@@ -276,8 +276,6 @@ struct LinearAmx {
 
 template <DType D>
 constexpr Linear24Kernels with_amx(Linear24Kernels kernels, const Linear24Kernels* instead) {
-  kernels.max_rows = D == DType::f16 ? 8 : 5;
-  kernels.max_tiles = kernels.max_tiles_packed = INT64_MAX;
   kernels.tile_rows = kTileRows;
   kernels.tile_span = kTileSpan;
   kernels.pack_tile = LinearAmx<D>::pack;
@@ -289,10 +287,10 @@ constexpr Linear24Kernels with_amx(Linear24Kernels kernels, const Linear24Kernel
 }  // namespace
 
 extern const Linear24Kernels linear_24_amx_bf16 = with_amx<DType::bf16>(
-    linear_24_kernels<Avx512, DType::bf16, DotRow, DotTile>(0, 0, 0), nullptr);
-extern const Linear24Kernels linear_24_amx_f16 =
-    with_amx<DType::f16>(linear_24_kernels<Avx512, DType::f16, FloatRow, FloatTile>(0, 0, 0),
-                         &linear_24_avx512[static_cast<int>(DType::f16)]);
+    linear_24_kernels<Avx512, DType::bf16, DotRow, DotTile>(5, INT64_MAX, INT64_MAX), nullptr);
+extern const Linear24Kernels linear_24_amx_f16 = with_amx<DType::f16>(
+    linear_24_kernels<Avx512, DType::f16, FloatRow, FloatTile>(8, INT64_MAX, INT64_MAX),
+    &linear_24_avx512[static_cast<int>(DType::f16)]);
 
 }  // namespace sparsekern::cpu
 
