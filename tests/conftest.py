@@ -127,6 +127,23 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line(f"  {count}: {reason}")
 
 
+def on_one_thread():
+    """Products of several threads may differ in the last bit from call to call, and with addresses.
+
+    Nets as small as those of tests gain nothing from threads either, and several test processes share the cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+one_thread = pytest.fixture(on_one_thread)  # for each test of its own
+module_on_one_thread = pytest.fixture(
+    on_one_thread, scope="module"
+)  # for fixtures of a module, too
+
+
 @pytest.fixture
 def mnist_path(request) -> Path:
     """The full MNIST in Keras's file layout; mark the test with `data`."""

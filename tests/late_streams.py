@@ -25,6 +25,7 @@ import functools
 import random
 import threading
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -195,7 +196,7 @@ class LateStreams:
     @contextlib.contextmanager
     def watch(self):
         """See the ops of this thread."""
-        with _Watch(self):
+        with Watch(lambda: self):
             yield
 
     def drain(self) -> None:
@@ -471,14 +472,16 @@ def _in_storage(t: Tensor, what: str, streams: LateStreams):
     return find
 
 
-class _Watch(TorchDispatchMode):
-    def __init__(self, streams: LateStreams):
+class Watch(TorchDispatchMode):
+    """Tells the streams of the device that is current then of each op of this thread."""
+
+    def __init__(self, streams: Callable[[], LateStreams]):
         super().__init__()
         self.streams = streams
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.streams._op(func, args, kwargs or {}, out)
+        self.streams()._op(func, args, kwargs or {}, out)
         return out
 
 

@@ -46,17 +46,11 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Layers this small gain nothing from threads, and several test processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 @pytest.fixture(scope="module")
-def finished(one_thread, tmp_path_factory) -> tuple[Path, demo.Results]:
+def finished(module_on_one_thread, tmp_path_factory) -> tuple[Path, demo.Results]:
     """One run, looked at by several tests."""
     folder = tmp_path_factory.mktemp("demo")
     settings = demo.Settings(data=write(folder, {}), device="cpu", out=folder / "out", **TINY)

@@ -30,13 +30,7 @@ from sparsekern.offload.transfer import Part
 TO = ["cpu", "device", "auto"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Products of several threads may differ in the last bit from call to call."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=TO)

@@ -10,9 +10,8 @@ import contextlib
 
 import pytest
 import torch
-from late_streams import LateStreams, PoisonedPool
+from late_streams import LateStreams, PoisonedPool, Watch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
 from sparsekern.offload.context import ActivationOffload, Packed
@@ -43,17 +42,6 @@ class Devices:
         return [t.pool.used for t in self.transfers]
 
 
-class Watch(TorchDispatchMode):
-    def __init__(self, devices: Devices):
-        super().__init__()
-        self.devices = devices
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.devices.streams[self.devices.current]._op(func, args, kwargs or {}, out)
-        return out
-
-
 class To(torch.autograd.Function):
     """A copy to the other device, and in backward back again, each behind all that both had to do."""
 
@@ -73,13 +61,7 @@ class To(torch.autograd.Function):
         return x.clone()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: with more, products depend on addresses."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextlib.contextmanager
@@ -89,7 +71,7 @@ def two(seed: int, monkeypatch):
         patch.setattr(
             ActivationOffload, "_transfer", lambda self, device: devices.transfer(self, device)
         )
-        with Watch(devices):
+        with Watch(lambda: devices.streams[devices.current]):
             yield devices
 
 

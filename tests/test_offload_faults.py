@@ -67,12 +67,8 @@ def check(offload) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _repeatable(one_thread):
     torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_model_needs_every_codec(offloads):

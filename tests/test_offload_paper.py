@@ -31,13 +31,7 @@ codecs, capturing, virtualised, predictions, results, paper = (
 Layer, Machine = virtualised.Layer, virtualised.Machine
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Nets this small gain nothing from threads, and several test processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 # ---- the nets ----

@@ -38,13 +38,7 @@ def ahead(seed: int) -> int:
     return (4096, 0)[seed // 4 % 2]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: with more, products depend on addresses."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -137,12 +137,8 @@ def squares(output, target):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _repeatable(one_thread):
     Noisy.stop = ("", 0)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -19,13 +19,7 @@ from sparsekern.pruning.patterns import matrix
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Nets this small gain nothing from threads, and several test processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def linear(weight, dtype=torch.float32):

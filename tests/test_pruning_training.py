@@ -20,13 +20,7 @@ from sparsekern.pruning.patterns import matrix
 PATTERNS = ["2:4", "1:4", "4:8", "2:4-transposable", "density=0.25", "quality=0.8"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Nets this small gain nothing from threads, and several test processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def net():

@@ -112,5 +112,15 @@ void multiply_tiles(const uint16_t* a, int64_t a_step, int64_t a_apart, const ui
   std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
+// The same for one tile or a pair of a, and of b.
+template <int P = 1>
+void multiply_some(bool pair_a, bool pair_b, const uint16_t* a, int64_t a_step, int64_t a_apart,
+                   const uint32_t* b, int64_t b_apart, int64_t tiles, bool first, float* sums,
+                   int64_t sums_a, int64_t sums_b) {
+  const auto one = pair_b ? multiply_tiles<1, 2, P> : multiply_tiles<1, 1, P>;
+  const auto two = pair_b ? multiply_tiles<2, 2, P> : multiply_tiles<2, 1, P>;
+  (pair_a ? two : one)(a, a_step, a_apart, b, b_apart, tiles, first, sums, sums_a, sums_b);
+}
+
 }  // namespace
 }  // namespace sparsekern::cpu

@@ -55,6 +55,9 @@ SPARSEKERN_TARGET_BEGIN(SPARSEKERN_AMX)
 namespace sparsekern::cpu {
 namespace {
 
+template <DType D>
+constexpr int kParts = D == DType::f16 ? 2 : 1;  // bf16 that an element is a sum of
+
 // Sixteen fp16 as sums of two bf16, each in the upper half of a dword. Eleven bits of significand are
 // eight and three: both are exact.
 struct Halves {
@@ -99,7 +102,6 @@ struct Spread {
   // last. Brings the values `ahead` bytes on nearer. False if one of fp16 is infinite or a NaN.
   template <DType D>
   bool run(const Block& block, int64_t groups, int64_t ahead, uint32_t* to) const {
-    constexpr int kParts = D == DType::f16 ? 2 : 1;
     __mmask32 odd = 0;
     for (int64_t g = 0; g < groups;) {
       __m512i bits = _mm512_loadu_si512(block.meta + g / 8 * kBlock);
@@ -125,10 +127,10 @@ struct Spread {
           _mm512_store_si512(to + kTile + kBlock, _mm512_shuffle_epi8(small, where_high));
         }
       }
-      if (g % 8 == 0) to += (kParts - 1) * kTile;
+      if (g % 8 == 0) to += (kParts<D> - 1) * kTile;
     }
     for (int64_t g = groups; g % 8 != 0; ++g, to += 2 * kBlock) {
-      for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < kParts<D>; ++part) {
         _mm512_store_si512(to + part * kTile, _mm512_setzero_si512());
         _mm512_store_si512(to + part * kTile + kBlock, _mm512_setzero_si512());
       }
@@ -139,12 +141,11 @@ struct Spread {
 
 template <DType D>
 struct LinearAmx {
-  static constexpr int kParts = D == DType::f16 ? 2 : 1;
   using Weight = Blocks<Avx512, D>;
   static constexpr int64_t kTileGroups = 8;
   // Groups whose x is in L2 at a time: a whole cache line of a row's meta. Groups spread at a time:
   // two blocks of them and their x are in L1 together.
-  static constexpr int64_t kDepth = 128, kSpread = 64 / kParts;
+  static constexpr int64_t kDepth = 128, kSpread = 64 / kParts<D>;
   static constexpr int64_t kAhead = 8192;  // bytes
   static constexpr int kBlocks = 32;       // of weight that share a chunk of x while it is in L2
   static constexpr int kTiles = 32;        // of x whose sums with them stay in L2
@@ -156,7 +157,7 @@ struct LinearAmx {
     auto* out = static_cast<uint16_t*>(tile.data);
     const int64_t size = tile.height * kTileSpan;
     __mmask32 odd = 0;
-    if (kParts == 1) {
+    if (kParts<D> == 1) {
       pack_a(x, a.x_stride_m, a.x_stride_k, a.K, tile.rows, tile.height, out);
       return true;
     }
@@ -206,13 +207,13 @@ struct LinearAmx {
 
  private:
   static constexpr int64_t kWeightSize =
-      kSpread / kTileGroups * kParts * kTile;  // dwords of a block's chunk
+      kSpread / kTileGroups * kParts<D> * kTile;  // dwords of a block's chunk
 
   // acc[blocks][count][height][16] of columns [n, end).
   static bool sum(const Linear24& a, const XTile* tiles, int count, int64_t n, int64_t end,
                   float* acc, uint32_t* weight, uint8_t* room) {
     static const Spread spread;
-    const int64_t groups = a.K / 4, x_step = tiles[0].height * kTileSpan * kParts;
+    const int64_t groups = a.K / 4, x_step = tiles[0].height * kTileSpan * kParts<D>;
     const int64_t acc_size = tiles[0].height * kBlock, acc_w = count * acc_size;
     const int blocks = static_cast<int>(ceil_div(end - n, kBlock));
     bool fine = true;
@@ -239,16 +240,10 @@ struct LinearAmx {
             const auto at = [&](int i) {
               return static_cast<const uint16_t*>(tiles[i].data) + g / kTileGroups * x_step;
             };
-            const auto call = [&](auto function, int64_t apart) {
-              function(at(t), x_step, apart, weight, kWeightSize, along, g == 0,
-                       acc + b * acc_w + t * acc_size, acc_size, acc_w);
-            };
-            if (t + 1 < count) {
-              call(two ? multiply_tiles<2, 2, kParts> : multiply_tiles<2, 1, kParts>,
-                   at(t + 1) - at(t));
-            } else {
-              call(two ? multiply_tiles<1, 2, kParts> : multiply_tiles<1, 1, kParts>, 0);
-            }
+            const bool pair = t + 1 < count;
+            multiply_some<kParts<D>>(pair, two, at(t), x_step, pair ? at(t + 1) - at(t) : 0, weight,
+                                     kWeightSize, along, g == 0, acc + b * acc_w + t * acc_size,
+                                     acc_size, acc_w);
           }
         }
       }

@@ -61,14 +61,6 @@ constexpr int64_t kColumns = 64;  // k at a time: a cache line of values
 constexpr int64_t kDepth = 256;   // of the summed dimension whose 64 columns are in L1
 constexpr int64_t kDepthTiles = kDepth / kTileSpan;
 
-// sums[pairs of tiles of a][B] for a pair of tiles of a, or one.
-void multiply_pair(bool two, const uint16_t* a, int64_t a_step, int64_t a_apart, const uint32_t* b,
-                   int64_t b_apart, int64_t tiles, bool first, float* sums, int64_t sums_a,
-                   int64_t sums_b) {
-  (two ? multiply_tiles<2, 2> : multiply_tiles<1, 2>)(a, a_step, a_apart, b, b_apart, tiles, first,
-                                                      sums, sums_a, sums_b);
-}
-
 // Sixteen sums to `count` bf16.
 void write_some(__m512 sums, int64_t count, uint16_t* out) {
   if (count >= 16) return Avx512::store_rounded<DType::bf16>(out, sums);
@@ -186,10 +178,10 @@ struct DxAmx {
             spread(table, a, n, along, j, next, j == k ? kDepth * meta_bytes(a.K) : 0, weight);
             for (int64_t w = 0; w < kColumns / 16 && j + 16 * w < end; w += 2) {
               for (int64_t t = t0; t < t1; t += 2) {
-                multiply_pair(t + 1 < t1, data + t * dy.apart + n * height, kTileSpan * height,
-                              dy.apart, weight + w * kWeight, kWeight, along, n == 0,
-                              sums + ((j - k) / 16 + w) * sums_b + (t - t0) * sums_tile, sums_tile,
-                              sums_b);
+                multiply_some(t + 1 < t1, true, data + t * dy.apart + n * height,
+                              kTileSpan * height, dy.apart, weight + w * kWeight, kWeight, along,
+                              n == 0, sums + ((j - k) / 16 + w) * sums_b + (t - t0) * sums_tile,
+                              sums_tile, sums_b);
               }
             }
           }
@@ -292,7 +284,7 @@ struct DvaluesAmx {
           for (int64_t t = 0; t < count; t += 2) {
             float* here = sums + (waits ? t * sums_tile : 0);
             for (int64_t w = 0; w < kColumns / 16 && k + 16 * w < k1; w += 2) {
-              multiply_pair(t + 1 < count,
+              multiply_some(t + 1 < count, true,
                             reinterpret_cast<const uint16_t*>(dy + t * a_tile + d * kTile),
                             2 * kTile, 2 * a_tile, b + w * a_tile + d * kTile, a_tile, along,
                             d == 0, here + w * kTile, sums_tile, kTile);
