@@ -1,13 +1,13 @@
 """What the CUDA kernels move and compute for the layers of two language models, from their launch descriptions.
 
-    python -m benchmarks.cuda_model [--multiprocessors 132]
+    python -m benchmarks.cuda_model [--multiprocessors 132] [--dtype float32] [--format]
 
 No device and no timing: a model. Per launch of ``linear_24``:
 
 * bytes: what crosses the memory's bus, over the least that must (weight, x and y once). Sums of splits count twice,
   written and read, though the L2 holds them.
 * L2: what the blocks read and write in all, over the same least.
-* operations: multiply-adds of the instructions issued, over M · N · K / 2.
+* operations: multiply-adds of the instructions issued, over M · N · K / 2; plain multiply-add expands W and takes 2.
 * waves: blocks over the blocks that run at once; occupancy: the share of multiprocessors that have one, and the
   threads on each out of 2048; shared: bytes of a block.
 """
@@ -74,26 +74,36 @@ def blocks_at_once(device: plan.Device, launch: plan.Launch) -> int:
     )
 
 
-def linear_24(device: plan.Device, M: int, N: int, K: int, prepacked: bool = True) -> Cost:
-    """The launch that the back end would choose for aligned bf16."""
+def linear_24(
+    device: plan.Device,
+    M: int,
+    N: int,
+    K: int,
+    prepacked: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Cost:
+    """The launch that the back end would choose for aligned tensors."""
+    size = dtype.itemsize
+    prepacked &= plan.has_prepacked_layout(dtype, N, K)
     weight = {"packed": 1 << 20} if prepacked else {"values": 1 << 20, "meta": 1 << 20}
     o = plan.Operands(M, N, K, x=1 << 20, x_stride=K, x_step=1, y=1 << 20, **weight)
-    weights, x, y = N * K + N * K // 8, 2 * M * K, 2 * M * N
+    weights, x, y = N * K // 2 * size + N * K // 8, size * M * K, size * M * N
     least = weights + x + y
-    if plan.takes_decode(o):
-        cut = plan.cut_decode(device, M, N, K)
-        launch = plan.linear_24_decode(torch.bfloat16, o, cut, 1 << 20)[0]
+    if plan.takes_decode(dtype, o):
+        cut = plan.cut_decode(device, dtype, M, N, K)
+        launch = plan.linear_24_decode(dtype, o, cut, 1 << 20)[0]
         partial = 2 * 4 * cut.splits * M * N if cut.splits > 1 else 0
         blocks = launch.grid[0]
         memory, l2 = least + partial, weights + blocks * x + y + partial
-        padded = blocks * cut.features * cut.tokens
+        padded = blocks * cut.features * cut.tokens * (1 if size == 2 else 2)  # expanded
         k = plan.ceil_div(K, 64) * 64
     else:
-        launch = plan.linear_24_many_rows(device, torch.bfloat16, o)
-        rows = int(launch.kernel.split(",")[1])
-        down, across = plan.ceil_div(M, rows), plan.ceil_div(N, 128)
+        launch = plan.linear_24_many_rows(device, dtype, o)
+        sparse = launch.source == "linear_24_sm80"
+        rows, wide = (int(launch.kernel.split(",")[1]), 128) if sparse else (64, 64)
+        down, across = plan.ceil_div(M, rows), plan.ceil_div(N, wide)
         memory, l2 = least, down * weights + across * x + y
-        padded, k = down * rows * across * 128, plan.ceil_div(K, 64) * 64
+        padded, k = down * rows * across * wide * (1 if sparse else 2), plan.ceil_div(K, 64) * 64
     each = blocks_at_once(device, launch)
     blocks = launch.grid[0] * launch.grid[1]
     return Cost(
@@ -113,9 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--format", action="store_true", help="the format itself, not prepacked")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
     device = plan.Device(arguments.multiprocessors, 227 << 10, 228 << 10)
-    print("A model from the launch descriptions, bf16; nothing here was measured.\n")
+    print(f"A model from the launch descriptions, {arguments.dtype}; nothing here was measured.\n")
     head = (
         "layer",
         "M",
@@ -135,7 +147,7 @@ def main() -> None:
     for model, layers in LAYERS.items():
         for layer, (N, K) in layers.items():
             for M in ROWS:
-                c = linear_24(device, M, N, K, prepacked=not arguments.format)
+                c = linear_24(device, M, N, K, not arguments.format, dtype)
                 print(
                     f"| {model} {layer} | {M} | {N} | {K} | {c.memory / c.least:.3f} | {c.l2 / c.least:.2f} "
                     f"| {c.operations:.2f} | {c.waves:.2f} | {c.busy:.0%} | {c.threads} | {c.shared} "

@@ -180,7 +180,7 @@ def test_few_rows_machine_code(architecture):
         for n, c in machine_code("linear_24_decode_sm80", architecture).items()
         if "decode" in n
     }
-    assert len(kernels) == 16
+    assert len(kernels) == 28
     for name, code in kernels.items():
         weights = with_op(code, r"LDG\.E[.A-Z0-9]*\.128[.A-Z0-9]*")
         assert len(weights) == 18, (
@@ -189,6 +189,23 @@ def test_few_rows_machine_code(architecture):
         assert all("desc[" in load for load in weights), name
         assert any(EVICT_FIRST.search(i) for i in code), name
         assert len(with_op(code, r"HMMA\.SP\.16832\.F32[.BF16]*")) >= 8, name
+
+
+@pytest.mark.nvcc
+@pytest.mark.cuobjdump
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_few_rows_fp32_machine_code(architecture):
+    """Copies of 16 bytes, those of weights first to leave the L2; shared memory is read by 16 bytes."""
+    kernels = machine_code("linear_24_decode_fma", architecture)
+    assert len(kernels) == 5
+    for name, code in kernels.items():
+        copies = with_op(code, r"LDGSTS[.A-Z0-9]*")
+        assert all(".BYPASS" in c and ".128" in c for c in copies), name
+        assert any(EVICT_FIRST.search(i) for i in code), name
+        tokens = min(int(re.search(r"<(\d+)>", name)[1]), 32)
+        assert len(with_op(code, r"LDS[.U]*\.128")) >= 4 + 2 * tokens, name  # weights, x
+        assert len(with_op(code, "FFMA")) >= 32 * tokens, name
 
 
 @pytest.mark.nvrtc

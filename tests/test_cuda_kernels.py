@@ -131,6 +131,10 @@ SHAPES = [
     (SMALL, 32, 130, 640),
     (SMALL, 30, 144, 640),
     (LARGE, 64, 16, 896),
+    (LARGE, 20, 48, 320),
+    (SMALL, 17, 48, 1408),
+    (SMALL, 40, 40, 2176),
+    (SMALL, 50, 112, 1408),
     (LARGE, 100, 144, 192),
     (SMALL, 130, 272, 128),
     (SMALL, 140, 130, 336),
@@ -138,6 +142,24 @@ SHAPES = [
     (SMALL, 257, 17, 68),
     (LARGE, 70, 9, 4),
 ]
+
+
+# Likewise in fp32, which the decode kernel takes where K % 128 == 0.
+FP32_SHAPES = [
+    (LARGE, 1, 33, 128),
+    (SMALL, 4, 40, 1152),
+    (LARGE, 7, 70, 640),
+    (SMALL, 8, 64, 896),
+    (LARGE, 9, 31, 384),
+    (SMALL, 16, 40, 896),
+    (LARGE, 20, 16, 384),
+    (SMALL, 32, 64, 640),
+    (SMALL, 64, 70, 640),
+    (LARGE, 40, 33, 384),
+    (LARGE, 9, 31, 132),
+]
+BY_DTYPE = [(dtype, shape) for dtype in (torch.float16, torch.bfloat16) for shape in SHAPES]
+BY_DTYPE += [(torch.float32, shape) for shape in FP32_SHAPES]
 
 
 def products(dtype, device_shape, exact=True):
@@ -155,9 +177,12 @@ def products(dtype, device_shape, exact=True):
     yield "linear_24_prepacked", (x, reference.prepack_24(values, meta), N, bias, activation)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s[1:])))
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_products(shape, dtype, schedule, execution):
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    BY_DTYPE,
+    ids=lambda p: "-".join(map(str, p[1:])) if isinstance(p, tuple) else str(p),
+)
+def test_products(dtype, shape, schedule, execution):
     execution.device = shape[0]
     for op, args in products(dtype, shape):
         wrong = selftest.check(cuda, op, args)
@@ -195,7 +220,12 @@ def test_gradients(shape, dtype, schedule):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_random_products(dtype, execution):
     """Sums that round: within twice torch's own error."""
-    for shape in ((SMALL, 130, 130, 1024), (SMALL, 7, 64, 2048), (LARGE, 40, 32, 2048)):
+    for shape in (
+        (SMALL, 130, 130, 1024),
+        (SMALL, 7, 64, 2048),
+        (SMALL, 17, 32, 2048),
+        (LARGE, 40, 32, 2048),
+    ):
         execution.device = shape[0]
         for op, args in products(dtype, shape, exact=False):
             assert selftest.check(cuda, op, args, exact=False) is None
@@ -383,6 +413,30 @@ def test_formats_past_2_31(K, execution):
     assert torch.equal(values[:, 4 * skip :], want_values[:, 4 * skip :])
 
 
+def test_decode_past_2_31(execution):
+    """The last 32 features of 2^25 + 32; K / 2 = 64 kept elements each."""
+    first, K = 1 << 25, 128
+    for dtype in (torch.bfloat16, torch.float32):
+        samples = Samples(dtype, CPU)
+        x, (values, meta) = samples.dense(1, K, low=-1, high=1), samples.packed(32, K)
+        y = torch.empty(1, 32, dtype=dtype)
+        o = cuda_launch.Operands(
+            1,
+            first + 32,
+            K,
+            x=x.data_ptr(),
+            x_stride=K,
+            x_step=1,
+            values=address(values, first * (K // 2)),
+            meta=address(meta, first * (K // 8)),
+            y=address(y, first),
+        )
+        cut = cuda_launch.cut_decode(LARGE, dtype, 1, first + 32, K)
+        (launch,) = cuda_launch.linear_24_decode(dtype, o, cut, 0)
+        execution.run(launch, first // 32, 1)
+        assert torch.equal(y, reference.linear_24(x, values, meta))
+
+
 def test_zvc_past_2_31(execution):
     tile0, tiles = (1 << 33) // 4096, 3
     n = (tile0 + tiles) * 4096 - 9
@@ -420,10 +474,10 @@ def run_zvc():
     assert torch.equal(cuda.unpack_zvc(*reference.pack_zvc(x), [9003]), x)
 
 
-def run_products(op, shape):
+def run_products(op, shape, dtype=torch.bfloat16):
     def run():
         cuda_machine.machine(CPU).device = shape[0]
-        _, args = next(products(torch.bfloat16, shape))
+        _, args = next(products(dtype, shape))
         wrong = selftest.check(cuda, op, args)
         assert wrong is None, wrong
 
@@ -434,6 +488,8 @@ many_rows = run_products(
     "linear_24", (SMALL, 130, 130, 440)
 )  # seven tiles: the last is where y comes to lie
 few_rows = run_products("linear_24", (SMALL, 12, 64, 2176))
+forty_rows = run_products("linear_24", (SMALL, 40, 40, 2176))  # three stages of x
+few_rows_fp32 = run_products("linear_24", (SMALL, 12, 40, 1664), torch.float32)
 
 
 def run_fma():
@@ -451,7 +507,8 @@ USED = {
     "linear_24_grad_sm80.cu": "bf16, kBy16",
     "zvc.cu": "uint16_t",
     "linear_24_sm80.cu": "bf16, 128, kBy4|bf16, 64, kBy16|bf16, 128, kPrepacked",
-    "linear_24_decode_sm80.cu": "bf16, 16|reduce<DType::bf16",
+    "linear_24_decode_sm80.cu": "bf16, 16|bf16, 64, 4|reduce<DType::bf16",
+    "linear_24_decode_fma.cu": "fma<16>",
     "linear_24_fma.cu": "linear_24_fma<DType::f32",
 }
 
@@ -513,15 +570,27 @@ PLANTED = {
     ),
     "few_rows_no_barrier": (
         "linear_24_decode_sm80.cu",
-        "__syncthreads();  // x is here, for all, and the other stage is done with",
+        "__syncthreads();  // x is here, for all, and the stage before is done with",
         "",
         few_rows,
     ),
-    "few_rows_no_wait": (
+    "few_rows_early_wait": (
         "linear_24_decode_sm80.cu",
-        "    wait_copies<0>();\n    __syncthreads();  // x is here",
-        "    __syncthreads();  // x is here",
+        "wait_copies<S::kStages - 2>();",
+        "wait_copies<S::kStages - 1>();",
         few_rows,
+    ),
+    "forty_rows_early_wait": (
+        "linear_24_decode_sm80.cu",
+        "wait_copies<S::kStages - 2>();",
+        "wait_copies<S::kStages - 1>();",
+        forty_rows,
+    ),
+    "forty_rows_two_stages": (
+        "linear_24_decode_sm80.cu",
+        "kStages = kPart == 1 ? 3 : 2;",
+        "kStages = 2;",
+        forty_rows,
     ),
     "few_rows_no_barrier_at_the_end": (
         "linear_24_decode_sm80.cu",
@@ -540,6 +609,36 @@ PLANTED = {
         "mma_sp<D, 1>(",
         "mma_sp<D, 0>(",
         few_rows,
+    ),
+    "few_rows_fp32_no_barrier": (
+        "linear_24_decode_fma.cu",
+        "__syncthreads();  // the chunk is here, for all, and the one before it is done with",
+        "",
+        few_rows_fp32,
+    ),
+    "few_rows_fp32_early_wait": (
+        "linear_24_decode_fma.cu",
+        "wait_copies<S::kStages - 2>();",
+        "wait_copies<S::kStages - 1>();",
+        few_rows_fp32,
+    ),
+    "few_rows_fp32_no_barrier_at_the_end": (
+        "linear_24_decode_fma.cu",
+        "__syncthreads();  // the stages may be written over",
+        "",
+        few_rows_fp32,
+    ),
+    "few_rows_fp32_sums_too_early": (
+        "linear_24_decode_fma.cu",
+        "__syncthreads();  // all sums are there",
+        "",
+        few_rows_fp32,
+    ),
+    "few_rows_fp32_swizzle": (
+        "linear_24_decode_fma.cu",
+        "kept[i] = s.values[row][4 * (c ^ (row & 1) * 4) + i];",
+        "kept[i] = s.values[row][4 * c + i];",
+        few_rows_fp32,
     ),
     "fma_no_barrier": (
         "linear_24_fma.cu",
@@ -668,6 +767,10 @@ def test_every_kernel_runs(execution):
                 getattr(cuda, op)(*args)
         x, weight = Samples(dtype, CPU).dense(8, 6), Samples(dtype, CPU).packed(5, 8)
         cuda.linear_24(x.mT, *weight)
+    for shape in FP32_SHAPES:
+        execution.device = shape[0]
+        op, args = next(products(torch.float32, shape))
+        getattr(cuda, op)(*args)
     torch.use_deterministic_algorithms(True)
     try:
         for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.int64):

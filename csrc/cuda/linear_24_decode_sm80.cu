@@ -1,6 +1,7 @@
 // linear_24 for few rows of x (M <= 64), on sparse tensor cores: weights stream from memory to registers, once.
 //
-//   block    8 warps = 8/G blocks of 16 features x G groups of units, kM tokens (8, 16, 32, 64), one split of K
+//   block    8 warps = 8/G blocks of 16 features x G groups of units, kM tokens (8, 16, 32, 64), one split of K; the
+//            narrow blocks (G = 4, 32 features) occupy a device without splits, whose sums would be bytes too
 //   unit     256 k of 16 features: 8 loads of 16 bytes a lane for values, 1 for meta; the next unit's are in flight
 //            while one is multiplied: 4.6 KB a warp, 37 KB a block
 //
@@ -14,7 +15,8 @@
 //            the format itself: lanes t = 0, 1 have the 32 bytes of row g, t = 2, 3 those of row g+8; four shuffles
 //            and a nibble of each uint16 make E
 //
-//   shared   x[2][G][kM][256] in pieces of 16 bytes, c ^ row % 8; afterwards the warps' sums[8][kM][16 + 4]
+//   shared   x[stages][G][kM][64 to 256 k], at most 32 KB a stage, two stages, or three where a stage is a tile;
+//            pieces of 16 bytes, c ^ row % 8; afterwards the warps' sums[8][kM][16 + 4]
 //   sums     over the G groups in order, then over the splits in order by linear_24_reduce: the same bits every run
 //
 // Rows past N load the last row, k past K zeros and nibbles 4; the format itself asks for K % 128 == 0.
@@ -33,8 +35,11 @@ constexpr uint32_t kNoMeta = 0x44444444;
 
 template <int kM, int kGroups>
 struct Shared {
+  static constexpr int kPart = 256 / (kM * kGroups) < kTiles ? 256 / (kM * kGroups) : kTiles;
+  static constexpr int kParts = kTiles / kPart;  // stages to a unit, of kPart tiles
+  static constexpr int kStages = kPart == 1 ? 3 : 2;
   union {
-    alignas(128) uint16_t x[2][kGroups][kM][kUnit];
+    alignas(128) uint16_t x[kStages][kGroups][kM][kPart * kTile];
     float sums[kWarps][kM][kSumPitch];
   };
 };
@@ -119,17 +124,21 @@ __device__ __forceinline__ uint32_t e_of(const Weights& w, int i) {
   return permute(half[0], half[1], 0x5410);
 }
 
-// x of the units from `unit` on, one per group, transposed group-wise; nothing is waited for.
+// x of part `step % kParts` of the units from `begin` + step / kParts * kGroups on, one per group, transposed
+// group-wise; nothing is waited for.
 template <int kM, int kGroups>
-__device__ __forceinline__ void fetch(const Linear24& a, uint16_t (&to)[kGroups][kM][kUnit],
-                                      int64_t unit) {
-  constexpr int kPieces = kUnit / 4;  // of 8 bytes, a group of k each
+__device__ __forceinline__ void fetch(const Linear24& a, Shared<kM, kGroups>& s, int64_t begin,
+                                      int step) {
+  using S = Shared<kM, kGroups>;
+  constexpr int kWide = S::kPart * kTile, kPieces = kWide / 4;  // of 8 bytes, a group of k each
+  auto& to = s.x[step % S::kStages];
   const auto* x = static_cast<const uint16_t*>(a.x);
+  const int64_t k0 = (begin + step / S::kParts * kGroups) * kUnit + step % S::kParts * kWide;
   // Unrolled by 4, it takes the registers of the weights in flight: 8 to 104 bytes spilled from sm_90a on.
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kGroups * kM * kPieces; i += kThreads) {
     const int piece = i % kPieces, row = i / kPieces % kM, group = i / kPieces / kM;
-    const int64_t k = (unit + group) * kUnit + 4 * piece;
+    const int64_t k = k0 + group * kUnit + 4 * piece;
     const bool inside = row < a.M && k < a.K;
     const int turned = piece % 4 * 4 + piece / 4 % 4;  // within the tile's 16
     const int c = piece / 16 * 8 + (turned / 2 ^ (row & 7));
@@ -138,23 +147,22 @@ __device__ __forceinline__ void fetch(const Linear24& a, uint16_t (&to)[kGroups]
   }
 }
 
-template <DType D, int kTilesM, bool prepacked, int kM>
-__device__ __forceinline__ void multiply(const Weights& w, const uint16_t (&x)[kM][kUnit],
-                                         float (&sums)[kTilesM][4]) {
+// Tile `tile` of the weights times tile i of a stage.
+template <DType D, int kTilesM, bool prepacked, int kM, int kWide>
+__device__ __forceinline__ void multiply(const Weights& w, int tile, const uint16_t (&x)[kM][kWide],
+                                         int i, float (&sums)[kTilesM][4]) {
   const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
+  const auto& v = w.v[tile];
+  const uint32_t e = e_of<prepacked>(w, tile);
+  const uint32_t first[4] = {v[0][0], v[1][0], v[0][1], v[1][1]};
+  const uint32_t second[4] = {v[0][2], v[1][2], v[0][3], v[1][3]};
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    const uint32_t e = e_of<prepacked>(w, i);
-    const uint32_t first[4] = {w.v[i][0][0], w.v[i][1][0], w.v[i][0][1], w.v[i][1][1]};
-    const uint32_t second[4] = {w.v[i][0][2], w.v[i][1][2], w.v[i][0][3], w.v[i][1][3]};
-#pragma unroll
-    for (int m = 0; m < kTilesM; ++m) {
-      uint32_t b[4];
-      load_matrices(b, &x[8 * m + row][(8 * i + (matrix ^ row)) * 8]);
-      mma_sp<D, 0>(sums[m], first, b, e);
-      load_matrices(b, &x[8 * m + row][(8 * i + ((4 + matrix) ^ row)) * 8]);
-      mma_sp<D, 1>(sums[m], second, b, e);
-    }
+  for (int m = 0; m < kTilesM; ++m) {
+    uint32_t b[4];
+    load_matrices(b, &x[8 * m + row][(8 * i + (matrix ^ row)) * 8]);
+    mma_sp<D, 0>(sums[m], first, b, e);
+    load_matrices(b, &x[8 * m + row][(8 * i + ((4 + matrix) ^ row)) * 8]);
+    mma_sp<D, 1>(sums[m], second, b, e);
   }
 }
 
@@ -173,20 +181,33 @@ __global__ void __launch_bounds__(kThreads, kM <= 16 ? 2 : 1) linear_24_decode_s
   const int64_t end = begin + a.units < units ? begin + a.units : units;
   const Policy policy = evict_first();
 
+  using S = Shared<kM, kGroups>;
   Weights now, next;
   if (begin + group < end) load<prepacked>(now, a, block0, begin + group, policy);
-  fetch<kM, kGroups>(a, s.x[0], begin);
-  commit_copies();
-  float sums[kTilesM][4] = {};
-  int stage = 0;
-  for (int64_t unit = begin; unit < end; unit += kGroups, stage ^= 1) {
-    wait_copies<0>();
-    __syncthreads();  // x is here, for all, and the other stage is done with
-    const int64_t mine = unit + group, after = mine + kGroups;
-    if (unit + kGroups < end) fetch<kM, kGroups>(a, s.x[stage ^ 1], unit + kGroups);
+  const int steps = static_cast<int>((end - begin + kGroups - 1) / kGroups) * S::kParts;
+#pragma unroll
+  for (int i = 0; i < S::kStages - 1; ++i) {
+    if (i < steps) fetch(a, s, begin, i);
     commit_copies();
-    if (after < end) load<prepacked>(next, a, block0, after, policy);
-    if (mine < end) multiply<D, kTilesM, prepacked>(now, s.x[stage][group], sums);
+  }
+  float sums[kTilesM][4] = {};
+  for (int step = 0; step < steps; step += S::kParts) {
+    const int64_t mine = begin + step / S::kParts * kGroups + group, after = mine + kGroups;
+#pragma unroll
+    for (int part = 0; part < S::kParts; ++part) {
+      wait_copies<S::kStages - 2>();
+      __syncthreads();  // x is here, for all, and the stage before is done with
+      const int ahead = step + part + S::kStages - 1;
+      if (ahead < steps) fetch(a, s, begin, ahead);
+      commit_copies();
+      if (part == 0 && after < end) load<prepacked>(next, a, block0, after, policy);
+      if (mine < end) {
+        const auto& x = s.x[(step + part) % S::kStages][group];
+#pragma unroll
+        for (int i = 0; i < S::kPart; ++i)
+          multiply<D, kTilesM, prepacked>(now, part * S::kPart + i, x, i, sums);
+      }
+    }
     if (after < end) now = next;
   }
 
@@ -230,18 +251,31 @@ SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 8, 4, false>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 8, 4, true>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 16, 4, false>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 16, 4, true>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 32, 4, false>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 32, 4, true>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 32, 2, false>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 32, 2, true>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 64, 4, false>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 64, 4, true>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 64, 2, false>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 64, 2, true>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 64, 1, false>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 64, 1, true>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 8, 4, false>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 8, 4, true>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 16, 4, false>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 16, 4, true>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 32, 4, false>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 32, 4, true>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 32, 2, false>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 32, 2, true>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 64, 4, false>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 64, 4, true>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 64, 2, false>);
+SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 64, 2, true>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 64, 1, false>);
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::bf16, 64, 1, true>);
+SPARSEKERN_KERNEL(linear_24_reduce<DType::f32>);
 SPARSEKERN_KERNEL(linear_24_reduce<DType::f16>);
 SPARSEKERN_KERNEL(linear_24_reduce<DType::bf16>);
 

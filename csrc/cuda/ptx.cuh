@@ -134,6 +134,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
                  : "memory");
   }
 }
+// The same of 16 bytes that are read once.
+__device__ __forceinline__ void copy_async_once16(void* to, const void* from, int bytes,
+                                                  Policy policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -319,6 +327,9 @@ void copy_async(void* to, const void* from, int bytes = size) {
   uint8_t data[size] = {};  // read here, where the sanitizer sees it, and visible from the wait on
   for (int i = 0; i < bytes; ++i) data[i] = static_cast<const uint8_t*>(from)[i];
   on_cpu::copy_async(to, data, size);
+}
+inline void copy_async_once16(void* to, const void* from, int bytes, Policy) {
+  copy_async<16>(to, from, bytes);
 }
 inline void commit_copies() { on_cpu::commit_copies(); }
 template <int left>

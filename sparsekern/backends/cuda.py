@@ -191,8 +191,8 @@ def _linear_24(x: Tensor, N: int, bias: Tensor | None, activation: str, **weight
         **weight,
     )
     here = machine(x.device)
-    if x.dtype.itemsize == 2 and plan.takes_decode(operands):
-        cut = plan.cut_decode(here.device, M, N, K)
+    if plan.takes_decode(x.dtype, operands):
+        cut = plan.cut_decode(here.device, x.dtype, M, N, K)
         several = cut.splits > 1
         partial = x.new_empty((cut.splits, M, N), dtype=torch.float32) if several else None
         address = partial.data_ptr() if several else 0

@@ -10,6 +10,7 @@ who launches compares the sizes.
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 
@@ -189,11 +190,11 @@ def has_prepacked_layout(dtype: torch.dtype, N: int, K: int) -> bool:
     return dtype.itemsize == 2 and N % 16 == 0 and K % 64 == 0 and N > 0 and K > 0
 
 
-def takes_x_by(x: int, x_stride: int, x_step: int) -> int:
-    """The largest of 16, 8, 4 and 2 bytes in which rows of 16-bit x may be copied."""
+def takes_x_by(x: int, x_stride: int, x_step: int, itemsize: int = 2) -> int:
+    """The largest of 16, 8, 4 and 2 bytes in which rows of x may be copied; one element where k is strided."""
     if x_step != 1:
-        return 2
-    return next(size for size in (16, 8, 4, 2) if x % size == 0 and 2 * x_stride % size == 0)
+        return itemsize
+    return next(n for n in (16, 8, 4, 2) if x % n == 0 and itemsize * x_stride % n == 0)
 
 
 def prepack_24(back: bool, N: int, K: int, values: int, meta: int, packed: int) -> Launch:
@@ -218,62 +219,76 @@ def _linear_arguments(
     return pack("QQQQQQQqqqqqiiii", *addresses, *sizes, o.activation, vectors, units, splits)
 
 
-# Rows of x to what a block of the decode kernel takes: tokens, groups that split its units of k.
-_DECODE = {8: 4, 16: 4, 32: 2, 64: 1}
-DECODE_ROWS = max(_DECODE)
+# Bytes of an element and rows of x to the blocks of the decode kernels: tokens, then features, the widest first.
+_DECODE = {
+    2: {8: (32,), 16: (32,), 32: (64, 32), 64: (128, 64, 32)},
+    4: {4: (32,), 8: (32,), 16: (32,), 32: (32,), 64: (32,)},
+}
+DECODE_ROWS = 64
 _UNIT = 256  # k
+_OCCUPIED = 0.96  # 128 of 132: 4096 features by 32
 
 
 @dataclass(frozen=True)
 class Decode:
-    """How the decode kernel is cut for a shape."""
+    """How a decode kernel is cut for a shape."""
 
-    tokens: int
-    groups: int
+    tokens: int  # of a block
+    features: int
     units: int  # of 256 k, per split
     splits: int
 
-    @property
-    def features(self) -> int:  # of a block
-        return 128 // self.groups
+
+@functools.cache
+def cut_decode(device: Device, dtype: torch.dtype, M: int, N: int, K: int) -> Decode:
+    """First a block for every multiprocessor, then the fewest bytes of sums, which each split but a single one writes
+    and reads back in fp32; of equals the widest blocks, which pass x through the L2 less often."""
+    tokens, widths = next((t, w) for t, w in _DECODE[dtype.itemsize].items() if t >= M)
+    all_units = ceil_div(K, _UNIT)
+
+    def cost(cut: Decode) -> tuple[float, int, int]:
+        blocks = ceil_div(N, cut.features) * cut.splits
+        return -min(blocks / device.multiprocessors, _OCCUPIED), cut.splits, -cut.features
+
+    cuts = (
+        Decode(tokens, features, units, ceil_div(all_units, units))
+        for features in widths
+        for units in range(1, all_units + 1)
+    )
+    return min(cuts, key=cost)
 
 
-def cut_decode(device: Device, M: int, N: int, K: int) -> Decode:
-    """Splits of K by what they gain and cost: multiprocessors with a block, a write and a read of y in fp32 each."""
-    tokens = next(t for t in _DECODE if t >= M)
-    groups = _DECODE[tokens]
-    blocks, units = ceil_div(N, 128 // groups), ceil_div(K, _UNIT)
-    weight = N * K + N * K // 8
-
-    def cost(each: int) -> float:
-        splits = ceil_div(units, each)
-        partial = 8 * splits * M * N if splits > 1 else 0
-        return (weight + partial) * max(1.0, device.multiprocessors / (blocks * splits))
-
-    each = min(range(units, 0, -1), key=cost)  # of equals, the fewest splits
-    return Decode(tokens, groups, each, ceil_div(units, each))
-
-
-def takes_decode(o: Operands) -> bool:
-    """Whether the decode kernel takes these rows of 16-bit x and this weight."""
-    if o.M > DECODE_ROWS or takes_x_by(o.x, o.x_stride, o.x_step) < 8 or o.K == 0:
+def takes_decode(dtype: torch.dtype, o: Operands) -> bool:
+    """Whether a decode kernel takes these rows of x and this weight."""
+    by = 8 if dtype.itemsize == 2 else 16
+    if o.M > DECODE_ROWS or o.K == 0 or takes_x_by(o.x, o.x_stride, o.x_step, dtype.itemsize) < by:
         return False
     return bool(o.packed) or (o.K % 128 == 0 and (o.values | o.meta) % 16 == 0)
 
 
 def linear_24_decode(dtype: torch.dtype, o: Operands, cut: Decode, partial: int) -> list[Launch]:
     """`partial` is the address of fp32 ``[splits, M, N]``, where there are several."""
-    stage = 2 * cut.groups * cut.tokens * _UNIT * 2
-    sums = 8 * cut.tokens * 20 * 4
     arguments = _linear_arguments(o, 0, cut.units, cut.splits, partial)
-    form = f"{_DTYPE[dtype]}, {cut.tokens}, {cut.groups}, {'true' if o.packed else 'false'}"
+    if dtype.itemsize == 2:
+        groups = 128 // cut.features
+        part = min(4, 256 // (cut.tokens * groups))  # tiles of 64 k that a stage of x has
+        stages = (3 if part == 1 else 2) * groups * cut.tokens * part * 128
+        sums = 8 * cut.tokens * 20 * 4
+        file, form = "linear_24_decode_sm80", f"{_DTYPE[dtype]}, {cut.tokens}, {groups}, "
+        form += "true" if o.packed else "false"
+    else:
+        chunk = 128 if cut.tokens == 64 else 256
+        stage = 32 * chunk * 2 + cut.tokens * chunk * 4 + 32 * chunk // 8
+        stages = (3 if cut.tokens <= 16 else 2) * stage
+        sums = 8 * min(cut.tokens, 32) * 33 * 4
+        file, form = "linear_24_decode_fma", str(cut.tokens)
     launches = [
         Launch(
-            "linear_24_decode_sm80",
-            f"linear_24_decode_sm80<{form}>",
+            file,
+            f"{file}<{form}>",
             (ceil_div(o.N, cut.features), cut.splits, 1),
             256,
-            ceil_div(max(stage, sums), 128) * 128,
+            ceil_div(max(stages, sums), 128) * 128,
             arguments,
         )
     ]
@@ -387,6 +402,9 @@ REGISTERS = {
     "linear_24_decode_sm80<DType::bf16, 8,": 128,
     "linear_24_decode_sm80<DType::bf16, 16,": 128,
     "linear_24_decode_sm80": 255,
+    "linear_24_decode_fma<4>": 128,
+    "linear_24_decode_fma<8>": 128,
+    "linear_24_decode_fma": 255,
 }
 
 
