@@ -208,6 +208,21 @@ def test_few_rows_fp32_machine_code(architecture):
         assert len(with_op(code, "FFMA")) >= 32 * tokens, name
 
 
+@pytest.mark.nvcc
+@pytest.mark.cuobjdump
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_many_rows_tf32_machine_code(architecture):
+    """Tensor-core instructions of tf32, four steps of all tiles of a warp; operands by ldmatrix."""
+    kernels = machine_code("linear_24_tf32_sm80", architecture)
+    assert len(kernels) == 4
+    for name, code in kernels.items():
+        assert len(with_op(code, r"HMMA\.1688\.F32\.TF32")) >= (64 if "128" in name else 32), name
+        assert with_op(code, r"LDSM\.16\.M88\.4"), name
+        wide = with_op(code, r"LDGSTS\.E\.BYPASS\.128[.A-Z0-9]*")
+        assert bool(wide) == (not name.endswith("0>")), name  # kBy4
+
+
 @pytest.mark.nvrtc
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -162,6 +162,17 @@ BY_DTYPE = [(dtype, shape) for dtype in (torch.float16, torch.bfloat16) for shap
 BY_DTYPE += [(torch.float32, shape) for shape in FP32_SHAPES]
 
 
+# And where tf32 is allowed.
+TF32_SHAPES = [
+    (LARGE, 70, 9, 4),
+    (LARGE, 33, 40, 36),
+    (LARGE, 100, 144, 192),
+    (SMALL, 130, 272, 128),
+    (SMALL, 129, 129, 100),
+    (SMALL, 257, 17, 72),
+]
+
+
 def products(dtype, device_shape, exact=True):
     """linear_24 and linear_24_prepacked for a shape, as (op, args)."""
     _, M, N, K = device_shape
@@ -187,6 +198,50 @@ def test_products(dtype, shape, schedule, execution):
     for op, args in products(dtype, shape):
         wrong = selftest.check(cuda, op, args)
         assert wrong is None, f"{op}: {wrong}"
+
+
+@pytest.fixture
+def tf32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("shape", TF32_SHAPES, ids=lambda s: "-".join(map(str, s[1:])))
+def test_tf32_products(shape, schedule, execution, tf32):
+    execution.device = shape[0]
+    execution.launched.clear()
+    for op, args in products(torch.float32, shape):
+        wrong = selftest.check(cuda, op, args)
+        assert wrong is None, f"{op}: {wrong}"
+    assert {name.split("<")[0] for name in execution.launched} == {"linear_24_tf32_sm80"}
+
+
+def test_tf32_rounds_operands_alone(execution, tf32):
+    """Random products are those of operands rounded to 10 bits, with sums in fp32."""
+    _, (x, values, meta, *_) = next(products(torch.float32, (LARGE, 70, 40, 1000), exact=False))
+    near = [((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for t in (x, values)]
+    assert not torch.equal(near[0], x)
+    got = cuda.linear_24(x, values, meta)
+    assert selftest.check_product("linear_24", (*near, meta, None, "none"), got, False) is None
+
+
+def test_tf32_is_used_where_torch_would_use_it(execution):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    x, weight = torch.ones(70, 64), Samples(torch.float32, CPU).packed(8, 64)
+    try:
+        for setting, want in (("ieee", False), ("tf32", True)):
+            matmul.fp32_precision = setting
+            execution.launched.clear()
+            cuda.linear_24(x, *weight)
+            assert any("tf32" in name for name in execution.launched) == want
+            cuda.linear_24(x[:64].T.contiguous().T, *weight)  # k is strided: plain multiply-add
+            assert "linear_24_fma<DType::f32>" in execution.launched
+    finally:
+        matmul.fp32_precision = before
 
 
 GRADIENT_SHAPES = [
@@ -492,6 +547,16 @@ forty_rows = run_products("linear_24", (SMALL, 40, 40, 2176))  # three stages of
 few_rows_fp32 = run_products("linear_24", (SMALL, 12, 40, 1664), torch.float32)
 
 
+def many_rows_tf32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        run_products("linear_24", (SMALL, 130, 130, 104), torch.float32)()
+    finally:
+        matmul.fp32_precision = before
+
+
 def run_fma():
     samples = Samples(torch.float32, CPU)
     assert (
@@ -510,6 +575,7 @@ USED = {
     "linear_24_decode_sm80.cu": "bf16, 16|bf16, 64, 4|reduce<DType::bf16",
     "linear_24_decode_fma.cu": "fma<16>",
     "linear_24_fma.cu": "linear_24_fma<DType::f32",
+    "linear_24_tf32_sm80.cu": "<128, kBy16",
 }
 
 
@@ -640,6 +706,42 @@ PLANTED = {
         "kept[i] = s.values[row][4 * c + i];",
         few_rows_fp32,
     ),
+    "many_rows_tf32_no_barrier": (
+        "linear_24_tf32_sm80.cu",
+        "__syncthreads();  // the tile is here, for all, and the one before it is done with",
+        "",
+        many_rows_tf32,
+    ),
+    "many_rows_tf32_no_wait": (
+        "linear_24_tf32_sm80.cu",
+        "wait_copies<0>();\n    __syncthreads();  // the tile",
+        "__syncthreads();  // the tile",
+        many_rows_tf32,
+    ),
+    "many_rows_tf32_w_too_early": (
+        "linear_24_tf32_sm80.cu",
+        "__syncthreads();  // W is whole",
+        "",
+        many_rows_tf32,
+    ),
+    "many_rows_tf32_no_barrier_at_the_end": (
+        "linear_24_tf32_sm80.cu",
+        "__syncthreads();  // the stages and W may be written over",
+        "",
+        many_rows_tf32,
+    ),
+    "many_rows_tf32_y_too_early": (
+        "linear_24_tf32_sm80.cu",
+        "__syncthreads();  // y is whole",
+        "",
+        many_rows_tf32,
+    ),
+    "many_rows_tf32_nibble": (
+        "linear_24_tf32_sm80.cu",
+        "s.meta[row] >> 4 * group & 15",
+        "s.meta[row] >> 4 * (group ^ 1) & 15",
+        many_rows_tf32,
+    ),
     "fma_no_barrier": (
         "linear_24_fma.cu",
         "__syncthreads();  // and may be written over",
@@ -746,9 +848,10 @@ def test_under_the_address_sanitizer():
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-def test_every_kernel_runs(execution):
+def test_every_kernel_runs(execution, tf32):
     """What the tests above call leaves out no instantiation."""
     execution.launched.clear()
+    torch.backends.cuda.matmul.fp32_precision = "ieee"  # the fixture puts it back
     for op in cuda.SERVES:
         for dtype in dtypes_of(op):
             for args in Samples(dtype, CPU).of(op, quick=True):
@@ -768,6 +871,11 @@ def test_every_kernel_runs(execution):
         x, weight = Samples(dtype, CPU).dense(8, 6), Samples(dtype, CPU).packed(5, 8)
         cuda.linear_24(x.mT, *weight)
     for shape in FP32_SHAPES:
+        execution.device = shape[0]
+        op, args = next(products(torch.float32, shape))
+        getattr(cuda, op)(*args)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    for shape in TF32_SHAPES:
         execution.device = shape[0]
         op, args = next(products(torch.float32, shape))
         getattr(cuda, op)(*args)

@@ -9,6 +9,9 @@
 //   B  k x 8      register j: rows 8j+2t 8j+2t+1 of column g
 //   D  16 x 8     0, 1: row g, columns 2t 2t+1     2, 3: row g+8                             (fp32)
 //
+//   tf32: A is 16 x 8, register 0: row g, column t     1: row g+8     2, 3: column t+4; B is 8 x 8,
+//   register j: row 4j+t of column g; ldmatrix reads both, a word as two elements
+//
 //   2:4: A holds the kept elements of 16 x 32, B is 32 x 8. Metadata E, selector f: lane 4g+2f+h has
 //   in its low half the four nibbles of row g, k = 16h .. 16h+15, in its high half those of row g+8.
 #pragma once
@@ -210,6 +213,21 @@ __device__ __forceinline__ void mma_sp(float* d, const uint32_t* a, const uint32
   else
     SPARSEKERN_MMA_SP("bf16");
 #undef SPARSEKERN_MMA_SP
+}
+
+// The nearest of 10 bits of mantissa, ties away from zero.
+__device__ __forceinline__ uint32_t round_to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+// D += A B, A dense and 16 x 8, operands in tf32.
+__device__ __forceinline__ void mma_tf32(float* d, const uint32_t* a, const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // D += A B, A dense and 16 x 16.
@@ -423,6 +441,30 @@ void mma_sp(float* d, const uint32_t* a, const uint32_t* b, uint32_t e) {
             }
           }
           for (int n = 0; n < 8; ++n) lanes[4 * g + n / 2]->d[2 * below + n % 2] += sums[n];
+        }
+      });
+}
+inline uint32_t round_to_tf32(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return (finite ? bits + 0x1000u : bits | (bits & 0x007fffffu ? 0x00400000u : 0u)) & ~0x1fffu;
+}
+inline void mma_tf32(float* d, const uint32_t* a, const uint32_t* b) {
+  Mma mine{d, a, b, 0};
+  on_cpu::meet(
+      "mma.tf32", kWarpMask, mine, +[](Mma** lanes) {
+        for (int row = 0; row < 16; ++row) {
+          const int g = row % 8, below = row / 8;
+          for (int n = 0; n < 8; ++n) {
+            float sum = 0.0f;
+            for (int k = 0; k < 8; ++k) {
+              const uint32_t left = lanes[4 * g + k % 4]->a[below + k / 4 * 2];
+              const uint32_t right = lanes[4 * n + k % 4]->b[k / 4];
+              if ((left | right) & 0x1fffu) on_cpu::fail("mma.tf32: an operand was not rounded");
+              sum += bits_to_float(left) * bits_to_float(right);
+            }
+            lanes[4 * g + n / 2]->d[2 * below + n % 2] += sum;
+          }
         }
       });
 }

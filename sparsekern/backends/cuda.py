@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..ops import ACTIVATIONS, FORMAT_DTYPES, ZVC_DTYPES
 from ..reference import rows_of
+from . import allows_tf32
 from . import cuda_launch as plan
 from .cuda_machine import machine, unavailable
 
@@ -199,7 +200,7 @@ def _linear_24(x: Tensor, N: int, bias: Tensor | None, activation: str, **weight
         for launch in plan.linear_24_decode(x.dtype, operands, cut, address):
             here.run(launch)
     else:
-        here.run(plan.linear_24_many_rows(here.device, x.dtype, operands))
+        here.run(plan.linear_24_many_rows(here.device, x.dtype, operands, allows_tf32()))
     return y
 
 

@@ -306,9 +306,13 @@ def linear_24_decode(dtype: torch.dtype, o: Operands, cut: Decode, partial: int)
     return launches
 
 
-def linear_24_many_rows(device: Device, dtype: torch.dtype, o: Operands) -> Launch:
-    """The tensor-core kernel for any M where x, by rows, may be copied by 4 bytes at least; else, and for fp32, plain
-    multiply-add."""
+def linear_24_many_rows(
+    device: Device, dtype: torch.dtype, o: Operands, tf32: bool = False
+) -> Launch:
+    """A tensor-core kernel for any M where x, by rows, may be copied by 4 bytes at least; else, and for fp32 where tf32
+    is not allowed, plain multiply-add."""
+    if dtype.itemsize == 4 and tf32 and o.x_step == 1 and o.K > 0:
+        return _linear_24_tf32(device, o)
     by = takes_x_by(o.x, o.x_stride, o.x_step) if dtype.itemsize == 2 else 2
     if by < 4 or o.K == 0 or (o.packed and by < 16) or (o.values % 4):
         grid = ceil_div(o.M, 64) * ceil_div(o.N, 64)
@@ -322,8 +326,7 @@ def linear_24_many_rows(device: Device, dtype: torch.dtype, o: Operands) -> Laun
         )
     by16 = by == 16 and o.K % 16 == 0 and o.values % 16 == 0
     access = "kPrepacked" if o.packed else "kBy16" if by16 else "kBy4"
-    blocks = ceil_div(o.M, 128) * ceil_div(o.N, 128)
-    rows = 128 if o.M > 64 and blocks >= device.multiprocessors else 64
+    rows = _rows_of_tile(device, o)
     vectors = (o.K % 64 == 0 and o.meta % 8 == 0) | (o.N % 8 == 0 and o.y % 16 == 0) << 1
     stage = rows * 128 + 128 * 64 + 128 * 8
     return Launch(
@@ -333,6 +336,25 @@ def linear_24_many_rows(device: Device, dtype: torch.dtype, o: Operands) -> Laun
         128,
         3 * stage,
         _linear_arguments(o, vectors),
+    )
+
+
+def _rows_of_tile(device: Device, o: Operands) -> int:
+    blocks = ceil_div(o.M, 128) * ceil_div(o.N, 128)
+    return 128 if o.M > 64 and blocks >= device.multiprocessors else 64
+
+
+def _linear_24_tf32(device: Device, o: Operands) -> Launch:
+    by16 = takes_x_by(o.x, o.x_stride, 1, 4) == 16 and o.K % 8 == 0 and o.values % 16 == 0
+    rows = _rows_of_tile(device, o)
+    stages_and_w = 2 * (rows * 128 + 128 * 64 + 128 * 4) + 128 * 128
+    return Launch(
+        "linear_24_tf32_sm80",
+        f"linear_24_tf32_sm80<{rows}, {'kBy16' if by16 else 'kBy4'}>",
+        (ceil_div(o.M, rows) * ceil_div(o.N, 128), 1, 1),
+        256,
+        max(stages_and_w, rows * 132 * 4),
+        _linear_arguments(o, o.K % 32 == 0 and o.meta % 4 == 0),
     )
 
 
@@ -397,6 +419,7 @@ REGISTERS = {
     "linear_24_dvalues_sm80": 255,
     "linear_24_reduce": 40,
     "linear_24_sm80": 255,
+    "linear_24_tf32_sm80": 128,
     "linear_24_decode_sm80<DType::f16, 8,": 128,
     "linear_24_decode_sm80<DType::f16, 16,": 128,
     "linear_24_decode_sm80<DType::bf16, 8,": 128,

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference import rows_of, split_packed
+from .. import allows_tf32
 from . import autotune
 from .autotune import Config, Family
 from .format_24 import expand, kept, nibbles, pairs, quads, with_rows
@@ -286,9 +287,8 @@ def plan(M: int, N: int, K: int, dtype: torch.dtype, sms: int, config: Config) -
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 multiply: tf32 only where the user's settings let torch's own do so."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"
+    """How products of float32 multiply."""
+    return "tf32" if dtype is torch.float32 and allows_tf32() else "ieee"
 
 
 # ---- launchers ----
