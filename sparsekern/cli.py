@@ -47,6 +47,16 @@ def _console() -> Console:
     return Console(highlight=False, emoji=False)
 
 
+def _weight(text: str) -> tuple[int, int]:
+    """N and K of ``4096x14336``."""
+    N, x, K = text.partition("x")
+    if not (x and N.isdecimal() and K.isdecimal() and int(N) and int(K) and int(K) % 4 == 0):
+        raise ValueError(
+            f"--kernels is {text!r}; it takes NxK, as in 4096x14336, K a multiple of 4"
+        )
+    return int(N), int(K)
+
+
 def _refuse(error: Exception | str) -> NoReturn:
     """Bad input: one line on standard error, exit code 2."""
     message = escape(" ".join(str(error).split()))
@@ -86,6 +96,13 @@ def info(
             help="Print the table op × back end × dtype as Markdown; the same on every machine.",
         ),
     ] = False,
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NxK",
+            help="Show too which CUDA kernel multiplies a weight of N x K, by dtype and tokens, and why.",
+        ),
+    ] = None,
 ) -> None:
     """Show this machine, which back end serves which op on it and why, and what is missing."""
     if as_json and as_markdown:
@@ -96,8 +113,8 @@ def info(
         if as_markdown:
             typer.echo(information.markdown_table())
             return
-        found = information.facts()
-    except ValueError as error:  # a SPARSEKERN_ variable with a value it does not take
+        found = information.facts(_weight(kernels) if kernels else None)
+    except ValueError as error:  # --kernels or a SPARSEKERN_ variable has a value it does not take
         _refuse(error)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

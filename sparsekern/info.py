@@ -266,15 +266,37 @@ def _why_no_cuda() -> str:
 # ---- everything, as data ----
 
 
-def facts() -> dict:
-    """Everything `sparsekern info` prints, as plain data.
+def cuda_kernels(N: int, K: int) -> list[dict]:
+    """What the CUDA back end launches for linear_24 of aligned tensors, and why: on the devices here, else on as many
+    multiprocessors as an H100 has."""
+    from .backends import allows_tf32
+    from .backends import cuda_launch as plan
+    from .backends.cuda_machine import OnDevice
+
+    devices = {str(device): OnDevice(device).device for device in _present("cuda")}
+    if not devices:
+        devices = {"no device here, 132 multiprocessors": plan.Device(132, 227 << 10, 228 << 10)}
+    rows = []
+    for name, device in devices.items():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for M in (1, 8, 16, 32, 64, 512, 4096):
+                o = plan.Operands(M, N, K, x=16, x_stride=K, x_step=1, values=16, meta=16, y=16)
+                launch, why = plan.explain_linear_24(device, dtype, o, allows_tf32())
+                row = {"device": name, "dtype": _SHORT[dtype], "M": M, "N": N, "K": K}
+                rows.append(row | {"kernel": launch.kernel, "why": why})
+    return rows
+
+
+def facts(kernels: tuple[int, int] | None = None) -> dict:
+    """Everything `sparsekern info` prints, as plain data; `kernels` adds those of CUDA for a weight [N, K].
 
     Raises:
         ValueError: a SPARSEKERN_ variable has a value that it does not take.
     """
     backends.order("cpu")  # refuses a SPARSEKERN_BACKEND that nobody knows
     core = _core()
-    return {
+    asked = {} if kernels is None else {"cuda_kernels": cuda_kernels(*kernels)}
+    return asked | {
         "versions": _versions(),
         "devices": _devices(),
         "core": core,
@@ -307,6 +329,8 @@ def show(found: dict, console: Console) -> None:
             f"{absent['device']}: no such device here. Back ends in order: "
             f"{', '.join(absent['order'])}.\n"
         )
+    if rows := found.get("cuda_kernels"):
+        console.print(_kernels_table(rows))
     console.print(_missing_table(found["missing"]))
 
 
@@ -376,6 +400,16 @@ def _ops_table(device: str, rows: list[dict]) -> Table:
                 Text("\n".join(passed) if i == 0 else "", style="dim"),
             )
     table.caption = Text("\n".join(notes), style="dim")
+    table.caption_justify = "left"
+    return table
+
+
+def _kernels_table(rows: list[dict]) -> Table:
+    title = f"linear_24 in the CUDA back end, N = {rows[0]['N']}, K = {rows[0]['K']}"
+    table = _table(title, "device", "dtype", "M", "kernel", "why")
+    for row in rows:
+        table.add_row(*(Text(str(row[key])) for key in ("device", "dtype", "M", "kernel", "why")))
+    table.caption = Text("On request: SPARSEKERN_BACKEND=cuda.", style="dim")
     table.caption_justify = "left"
     return table
 

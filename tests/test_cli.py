@@ -156,6 +156,24 @@ def test_info_refuses_an_unknown_back_end(monkeypatch):
     assert "SPARSEKERN_BACKEND is 'abacus'" in refused(invoke("info"))
 
 
+def test_info_tells_which_cuda_kernel_and_why():
+    shown = invoke("info", "--kernels", "4096x14336").output
+    assert "linear_24 in the CUDA back end, N = 4096, K = 14336" in shown
+    assert "SPARSEKERN_BACKEND=cuda" in shown
+    rows = json.loads(invoke("info", "--json", "--kernels", "4096x14336").output)["cuda_kernels"]
+    found = {(row["dtype"], row["M"]): (row["kernel"].split("<")[0], row["why"]) for row in rows}
+    assert found["bf16", 16][0] == "linear_24_decode_sm80"
+    assert found["bf16", 512] == ("linear_24_sm80", "more than 64 tokens: sparse tensor cores")
+    assert found["fp32", 1][0] == "linear_24_decode_fma"
+    assert found["fp32", 512][0] == "linear_24_fma"
+    assert "may not use tf32" in found["fp32", 512][1]
+
+
+@pytest.mark.parametrize("text", ["4096", "4096x", "0x64", "64x6", "axb", "64x64x64"])
+def test_info_refuses_a_weight_that_is_none(text):
+    assert "it takes NxK" in refused(invoke("info", "--kernels", text))
+
+
 def test_info_refuses_json_and_markdown_together():
     assert "exclude each other" in refused(invoke("info", "--json", "--markdown"))
 

@@ -219,6 +219,29 @@ def test_tf32_products(shape, schedule, execution, tf32):
     assert {name.split("<")[0] for name in execution.launched} == {"linear_24_tf32_sm80"}
 
 
+def test_the_kernel_told_is_the_kernel_launched(execution):
+    """`sparsekern info --kernels` asks what the back end asks; also of what is not aligned."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for M, K, offset in ((3, 128, 0), (3, 128, 1), (3, 132, 0), (70, 128, 0), (70, 128, 1)):
+            x = Samples(dtype, CPU).dense(M, K + 3)[:, offset : offset + K]
+            values, meta = Samples(dtype, CPU).packed(8, K)
+            execution.launched.clear()
+            cuda.linear_24(x, values, meta)
+            o = cuda_launch.Operands(
+                M,
+                8,
+                K,
+                x=x.data_ptr(),
+                x_stride=x.stride(0),
+                x_step=1,
+                values=values.data_ptr(),
+                meta=meta.data_ptr(),
+            )
+            launch, why = cuda_launch.explain_linear_24(execution.device, dtype, o, False)
+            assert launch.kernel in execution.launched
+            assert why
+
+
 def test_tf32_rounds_operands_alone(execution, tf32):
     """Random products are those of operands rounded to 10 bits, with sums in fp32."""
     _, (x, values, meta, *_) = next(products(torch.float32, (LARGE, 70, 40, 1000), exact=False))

@@ -358,6 +358,33 @@ def _linear_24_tf32(device: Device, o: Operands) -> Launch:
     )
 
 
+def explain_linear_24(
+    device: Device, dtype: torch.dtype, o: Operands, tf32: bool
+) -> tuple[Launch, str]:
+    """The launch that multiplies, without the sum over splits, and why it is that one."""
+    if takes_decode(dtype, o):
+        cut = cut_decode(device, dtype, o.M, o.N, o.K)
+        launch = linear_24_decode(dtype, o, cut, 0)[0]
+        blocks = launch.grid[0] * launch.grid[1]
+        parts = f", K in {cut.splits} parts" if cut.splits > 1 else ""
+        return launch, (
+            f"at most {DECODE_ROWS} tokens, aligned: each byte of the weight is read once; {blocks} blocks of "
+            f"{cut.features} features{parts} for {device.multiprocessors} multiprocessors"
+        )
+    launch = linear_24_many_rows(device, dtype, o, tf32)
+    if o.M > DECODE_ROWS:
+        why = f"more than {DECODE_ROWS} tokens"
+    else:
+        why = "the decode kernel wants K % 128 == 0, K > 0, aligned rows of x and an aligned weight"
+    if launch.source == "linear_24_sm80":
+        return launch, f"{why}: sparse tensor cores"
+    if launch.source == "linear_24_tf32_sm80":
+        return launch, f"{why}; torch may use tf32: dense tensor cores"
+    if dtype.itemsize == 4 and not tf32:
+        return launch, f"{why}; torch may not use tf32: plain multiply-add"
+    return launch, f"{why}; x is not rows that can be copied: plain multiply-add"
+
+
 _FMA_SHARED = 64 * 65 * 4
 
 
