@@ -7,6 +7,7 @@ The back end's glue runs too, on CPU tensors: only the machine that launches is 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -596,7 +597,7 @@ USED = {
     "zvc.cu": "uint16_t",
     "linear_24_sm80.cu": "bf16, 128, kBy4|bf16, 64, kBy16|bf16, 128, kPrepacked",
     "linear_24_decode_sm80.cu": "bf16, 16|bf16, 64, 4|reduce<DType::bf16",
-    "linear_24_decode_fma.cu": "fma<16>",
+    "linear_24_decode_fma.cu": "fma<4>|fma<16>",
     "linear_24_fma.cu": "linear_24_fma<DType::f32",
     "linear_24_tf32_sm80.cu": "<128, kBy16",
 }
@@ -801,6 +802,11 @@ def read_rows():
     cuda.linear_24(samples.dense(70, 64), *samples.packed(127, 64))
 
 
+def read_few_rows_fp32():
+    samples = Samples(torch.float32, CPU)
+    cuda.linear_24(samples.dense(4, 128), *samples.packed(31, 128))
+
+
 # Reads past the end, which only the address sanitizer sees.
 PLANTED_READS = {
     "many_rows": (
@@ -808,6 +814,12 @@ PLANTED_READS = {
         "n0 + thread < a.N ? n0 + thread : a.N - 1",
         "n0 + thread <= a.N ? n0 + thread : a.N - 1",
         read_rows,
+    ),
+    "few_rows_fp32": (
+        "linear_24_decode_fma.cu",
+        "const bool inside = n < a.N && k < a.K;",
+        "const bool inside = n <= a.N && k < a.K;",
+        read_few_rows_fp32,
     ),
     "pack_zvc": (
         "zvc.cu",
@@ -866,9 +878,19 @@ def under_sanitizer(arguments: list[str]) -> subprocess.CompletedProcess:
 def test_under_the_address_sanitizer():
     """The tests above that run the kernels, with every buffer fenced."""
     build("addresses")
-    pytest_on_this = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    pytest_on_this = [
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--cuda-sources",
+        __file__,
+    ]
     done = under_sanitizer([*pytest_on_this, "-k", "not planted and not sanitizer"])
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert re.search(r"\d+ passed, \d+ deselected in", done.stdout), done.stdout[-4000:]  # no skips
 
 
 def test_every_kernel_runs(execution, tf32):
