@@ -1,13 +1,14 @@
 """What the CUDA kernels move and compute for the layers of two language models, from their launch descriptions.
 
-    python -m benchmarks.cuda_model [--multiprocessors 132] [--dtype float32] [--format]
+    python -m benchmarks.cuda_model [--multiprocessors 132] [--dtype float32] [--tf32] [--format]
 
 No device and no timing: a model. Per launch of ``linear_24``:
 
 * bytes: what crosses the memory's bus, over the least that must (weight, x and y once). Sums of splits count twice,
   written and read, though the L2 holds them.
 * L2: what the blocks read and write in all, over the same least.
-* operations: multiply-adds of the instructions issued, over M · N · K / 2; plain multiply-add expands W and takes 2.
+* operations: multiply-adds of the instructions issued, over M · N · K / 2; plain multiply-add and tf32, which
+  expand W, take 2.
 * waves: blocks over the blocks that run at once; occupancy: the share of multiprocessors that have one, and the
   threads on each out of 2048; shared: bytes of a block.
 """
@@ -15,6 +16,7 @@ No device and no timing: a model. Per launch of ``linear_24``:
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +83,7 @@ def linear_24(
     K: int,
     prepacked: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    tf32: bool = False,
 ) -> Cost:
     """The launch that the back end would choose for aligned tensors."""
     size = dtype.itemsize
@@ -98,9 +101,10 @@ def linear_24(
         padded = blocks * cut.features * cut.tokens * (1 if size == 2 else 2)  # expanded
         k = plan.ceil_div(K, 64) * 64
     else:
-        launch = plan.linear_24_many_rows(device, dtype, o)
+        launch = plan.linear_24_many_rows(device, dtype, o, tf32)
         sparse = launch.source == "linear_24_sm80"
-        rows, wide = (int(launch.kernel.split(",")[1]), 128) if sparse else (64, 64)
+        tile = re.search(r"\b(64|128), k", launch.kernel)
+        rows, wide = (int(tile[1]), 128) if tile else (64, 64)
         down, across = plan.ceil_div(M, rows), plan.ceil_div(N, wide)
         memory, l2 = least, down * weights + across * x + y
         padded, k = down * rows * across * wide * (1 if sparse else 2), plan.ceil_div(K, 64) * 64
@@ -124,6 +128,7 @@ def main() -> None:
     parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--format", action="store_true", help="the format itself, not prepacked")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--tf32", action="store_true", help="of float32, as if torch might use it")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     device = plan.Device(arguments.multiprocessors, 227 << 10, 228 << 10)
@@ -147,7 +152,7 @@ def main() -> None:
     for model, layers in LAYERS.items():
         for layer, (N, K) in layers.items():
             for M in ROWS:
-                c = linear_24(device, M, N, K, not arguments.format, dtype)
+                c = linear_24(device, M, N, K, not arguments.format, dtype, arguments.tf32)
                 print(
                     f"| {model} {layer} | {M} | {N} | {K} | {c.memory / c.least:.3f} | {c.l2 / c.least:.2f} "
                     f"| {c.operations:.2f} | {c.waves:.2f} | {c.busy:.0%} | {c.threads} | {c.shared} "

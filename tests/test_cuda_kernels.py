@@ -243,6 +243,21 @@ def test_the_kernel_told_is_the_kernel_launched(execution):
             assert why
 
 
+def test_the_self_test_runs_every_family(execution):
+    """First use tries the decode kernels and the others, the format itself and prepacked."""
+    for dtype in (torch.float32, torch.bfloat16):
+        execution.launched.clear()
+        for op in ("linear_24", "linear_24_prepacked"):
+            assert selftest.known_answers(cuda, op, dtype, CPU) is None
+        families = {name.split("<")[0] for name in execution.launched}
+        if dtype is torch.float32:
+            assert {"linear_24_decode_fma", "linear_24_fma"} <= families
+        else:
+            assert {"linear_24_decode_sm80", "linear_24_sm80"} <= families
+            for form in ("true>", "false>", "kBy4>", "kBy16>", "kPrepacked>"):
+                assert any(form in name for name in execution.launched), form
+
+
 def test_tf32_rounds_operands_alone(execution, tf32):
     """Random products are those of operands rounded to 10 bits, with sums in fp32."""
     _, (x, values, meta, *_) = next(products(torch.float32, (LARGE, 70, 40, 1000), exact=False))

@@ -39,6 +39,11 @@ def test_many_rows(N, K):
         cost = cuda_model.linear_24(DEVICE, M, N, K)
         assert cost.kernel.startswith("linear_24_sm80")
         assert cost.operations == 1.0
+        for tf32 in (False, True):
+            cost = cuda_model.linear_24(DEVICE, M, N, K, dtype=torch.float32, tf32=tf32)
+            assert ("tf32" in cost.kernel) == tf32
+            assert cost.operations == 2.0
+            assert 2 * (cost.shared + 1024) <= 164 << 10
 
 
 def test_shared_memory_fits():

@@ -31,7 +31,7 @@ struct Linear24 {
   float* partial;       // [splits, M, N] where K is split, else null
   int64_t x_stride, x_step, M, N, K;
   int32_t activation;  // an Activation
-  int32_t vectors;     // bit 0: meta moves by 8 bytes, bit 1: y by 16
+  int32_t vectors;     // bit 0: meta moves by 8 bytes (tf32: 4), bit 1: y by 16
   int32_t units;       // 256 k, per split
   int32_t splits;
 };
