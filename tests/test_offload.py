@@ -353,7 +353,8 @@ def message(program, offload=None) -> str:
 def test_writing_to_what_is_saved_is_found_out(program, min_bytes, anomaly, offloads):
     """With torch's words; of an input they name the writer, which a hook does not see, here who made it."""
     with torch.autograd.set_detect_anomaly(anomaly, check_nan=False):
-        want = message(program)
+        # Older torch calls the writer by its node, ExpBackward0; newer, and what is said here, by its op, Exp.
+        want = re.sub(r"(which is output \d of \w+?)Backward\d*,", r"\1,", message(program))
         assert "modified by an inplace operation" in want
         for to in TO:
             got = message(program, offloads(to, min_bytes=min_bytes))
@@ -1022,7 +1023,8 @@ def test_checkpointed_blocks_save_their_inputs_only(kind, offloads):
             x = checkpoint(block, x, **CHECKPOINTS[kind])
         loss = x.sum()
     total = offload.stats.total
-    assert (total.seen, total.packed) == (5, {"raw": 5})
+    # With each, torch 2.11 saves an empty tensor of its own too.
+    assert (total.seen - sum(total.kept.values()), total.packed) == (5, {"raw": 5})
     assert offload.stats.ledger.now == {
         "plain": 5 * 8 * 32 * 4,
         "device": 0,

@@ -289,8 +289,9 @@ def pack_zvc_out(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, count
 def unpack_zvc(mask: Tensor, values: Tensor, offsets: Tensor, size: list[int]) -> Tensor:
     mask, values, offsets = mask.contiguous(), values.contiguous(), offsets.contiguous()
     x = values.new_empty(size)
+    capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
     if x.numel() == 0:
-        return reference.unpack_zvc(mask, values, offsets, size)
+        return x if capturing else reference.unpack_zvc(mask, values, offsets, size)
     check = torch.zeros(2, dtype=torch.int64, device=values.device)
     machine(values.device).run(
         plan.unpack_zvc(
@@ -306,7 +307,6 @@ def unpack_zvc(mask: Tensor, values: Tensor, offsets: Tensor, size: list[int]) -
     )
     # Reads inside what there is, whatever the stream says. That it was honest is known when the device is done; in a
     # graph, which cannot wait, nobody asks.
-    capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
     if not capturing and bool(check.any()):
         reference.unpack_zvc(mask, values, offsets, size)  # raises, with the reason
         raise ValueError("unpack_zvc: offsets overlap or leave a gap")

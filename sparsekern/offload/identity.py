@@ -116,7 +116,7 @@ class Version:
             else "enable anomaly detection to find the operation that failed to compute its gradient, with "
             "torch.autograd.set_detect_anomaly(True, check_nan=False)."
         )
-        # "output 0 of MulBackward0" is "output 0 of Mul" to torch
+        # "output 0 of MulBackward0" is "output 0 of Mul" to newer torch
         producer = re.sub(r"Backward\d*$", "", self._producer)
         of = f", which is {producer}," if producer else ""
         raise RuntimeError(
