@@ -16,8 +16,7 @@ No device and no timing: a model. Per launch of ``linear_24``:
 from __future__ import annotations
 
 import argparse
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,10 +61,6 @@ class Cost:
     shared: int
 
 
-def h100() -> plan.Device:
-    return plan.Device(132, 227 << 10, 228 << 10)
-
-
 def blocks_at_once(device: plan.Device, launch: plan.Launch) -> int:
     """On a multiprocessor: by registers, shared memory (1 KB a block is the system's) and threads."""
     registers = plan.registers(launch)
@@ -102,9 +97,8 @@ def linear_24(
         k = plan.ceil_div(K, 64) * 64
     else:
         launch = plan.linear_24_many_rows(device, dtype, o, tf32)
-        sparse = launch.source == "linear_24_sm80"
-        tile = re.search(r"\b(64|128), k", launch.kernel)
-        rows, wide = (int(tile[1]), 128) if tile else (64, 64)
+        fma, sparse = launch.source == "linear_24_fma", launch.source == "linear_24_sm80"
+        rows, wide = (64, 64) if fma else (plan.rows_of_tile(device, o), 128)
         down, across = plan.ceil_div(M, rows), plan.ceil_div(N, wide)
         memory, l2 = least, down * weights + across * x + y
         padded, k = down * rows * across * wide * (1 if sparse else 2), plan.ceil_div(K, 64) * 64
@@ -125,13 +119,13 @@ def linear_24(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--multiprocessors", type=int, default=132)
+    parser.add_argument("--multiprocessors", type=int, default=plan.H100.multiprocessors)
     parser.add_argument("--format", action="store_true", help="the format itself, not prepacked")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--tf32", action="store_true", help="of float32, as if torch might use it")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    device = plan.Device(arguments.multiprocessors, 227 << 10, 228 << 10)
+    device = replace(plan.H100, multiprocessors=arguments.multiprocessors)
     print(f"A model from the launch descriptions, {arguments.dtype}; nothing here was measured.\n")
     head = (
         "layer",

@@ -269,19 +269,18 @@ def _why_no_cuda() -> str:
 def cuda_kernels(N: int, K: int) -> list[dict]:
     """What the CUDA back end launches for linear_24 of aligned tensors, and why: on the devices here, else on as many
     multiprocessors as an H100 has."""
-    from .backends import allows_tf32
     from .backends import cuda_launch as plan
     from .backends.cuda_machine import OnDevice
 
     devices = {str(device): OnDevice(device).device for device in _present("cuda")}
     if not devices:
-        devices = {"no device here, 132 multiprocessors": plan.Device(132, 227 << 10, 228 << 10)}
+        devices = {"no device here, 132 multiprocessors": plan.H100}
     rows = []
     for name, device in devices.items():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for M in (1, 8, 16, 32, 64, 512, 4096):
                 o = plan.Operands(M, N, K, x=16, x_stride=K, x_step=1, values=16, meta=16, y=16)
-                launch, why = plan.explain_linear_24(device, dtype, o, allows_tf32())
+                launch, why = plan.explain_linear_24(device, dtype, o, backends.allows_tf32(dtype))
                 row = {"device": name, "dtype": _SHORT[dtype], "M": M, "N": N, "K": K}
                 rows.append(row | {"kernel": launch.kernel, "why": why})
     return rows

@@ -116,9 +116,8 @@ class Capture(TorchDispatchMode):
         self._work: list[Callable[[], None]] = []
 
     def __enter__(self) -> Capture:
-        from triton.runtime import (
-            interpreter,
-        )  # here: this file can be read where Triton is not installed
+        # Here: this file can be read where Triton is not installed.
+        from triton.runtime import interpreter
 
         self._patches = contextlib.ExitStack()
         enter = self._patches.enter_context

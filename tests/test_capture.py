@@ -18,6 +18,7 @@ from capturing import Capture, Refused, on_the_device
 import sparsekern as sk
 from sparsekern import backends, ops, reference, selftest
 from sparsekern.backends import cuda, cuda_launch, cuda_machine, triton
+from sparsekern.bench.clock import captured
 from sparsekern.samples import Samples
 
 CPU = torch.device("cpu")
@@ -90,15 +91,15 @@ def test_every_op_is_captured_and_replayed_on_new_data(op, deterministic):
         for dtype in dtypes_of(op):
             for args, other in problems(triton, op, dtype, CPU):
                 function(*cloned(args))  # the first call may read what was tuned
-                with Capture() as captured:
+                with Capture() as capture:
                     out = function(*args)
                 want = cloned(other)
                 want = everything(want, function(*want))
                 refill(args, other)
-                captured.replay()
+                capture.replay()
                 assert_same(everything(args, out), want)
                 # Prepacking is the identity: torch's copies, no kernel.
-                assert captured.launches or op in ("prepack_24", "unprepack_24")
+                assert capture.launches or op in ("prepack_24", "unprepack_24")
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -141,11 +142,11 @@ def test_gradients_are_captured_and_replayed_on_new_data(run, activation):
         with Capture(strict=False):
             run(*args, activation)
             want = run(*other, activation)
-        with Capture() as captured:
+        with Capture() as capture:
             out = run(*args, activation)
         refill(args, other)
-        captured.replay()
-        assert captured.launches >= 2
+        capture.replay()
+        assert capture.launches >= 2
         assert_same(list(out), list(want))
 
 
@@ -162,10 +163,10 @@ def test_a_layer_is_captured_in_inference_and_in_training():
     with Capture(strict=False):
         run(x)
         want = run(other)
-    with Capture() as captured:
+    with Capture() as capture:
         out = run(x)
     x.copy_(other)
-    captured.replay()
+    capture.replay()
     assert_same(list(out), list(want))
 
 
@@ -175,7 +176,7 @@ def test_a_layer_is_captured_in_inference_and_in_training():
 class Noted(cuda_machine.Machine):
     """Carries out nothing."""
 
-    device = cuda_launch.Device(132, 227 << 10, 228 << 10)
+    device = cuda_launch.H100
 
     def __init__(self) -> None:
         self.launches = 0
@@ -296,10 +297,10 @@ def test_what_a_captured_stream_refuses_is_refused(name, deep, monkeypatch):
 def test_what_the_host_decided_by_an_older_look_shows_in_the_replay():
     t = torch.ones(4)
     decided = bool(t[0] > 0)
-    with Capture() as captured:
+    with Capture() as capture:
         out = t * 2 if decided else t * 3
     t.copy_(-torch.ones(4))
-    captured.replay()
+    capture.replay()
     assert torch.equal(out, torch.full((4,), -2.0))  # right would be -3: the captured choice stays
 
 
@@ -317,17 +318,10 @@ def test_the_device_may_do_what_it_likes():
 
 
 def graphed(call):
-    """What `call` returned under capture, and its graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
+    """What replays the graph of `call`, and what it returned under capture."""
+    outs = []
+    replay = captured(lambda i: outs.append(call()))
+    return lambda: replay(0), outs[-1]
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -348,11 +342,11 @@ def test_a_graph_of_every_op_replays_as_eager_calls(on_gpu, op, deterministic):
     try:
         for dtype in dtypes_of(op):
             for args, other in problems(on_gpu, op, dtype, torch.device("cuda", 0)):
-                graph, out = graphed(lambda args=args: function(*args))
+                replay, out = graphed(lambda args=args: function(*args))
                 want = cloned(other)
                 want_out = function(*want)
                 refill(args, other)
-                graph.replay()
+                replay()
                 torch.cuda.synchronize()
                 if op == "pack_zvc_out" and not deterministic:  # tiles in any order
                     x, mask, values, offsets, count = args
@@ -373,9 +367,9 @@ def test_a_graph_of_a_step_replays_as_eager_calls(run, activation):
     for dtype, M in ((torch.float32, 3), (torch.bfloat16, 40)):
         args, other = (step(dtype, M, device, seed) for seed in (0, 1))
         want = run(*other, activation)
-        graph, out = graphed(lambda args=args: run(*args, activation))
+        replay, out = graphed(lambda args=args: run(*args, activation))
         refill(args, other)
-        graph.replay()
+        replay()
         torch.cuda.synchronize()
         for got, expected in zip(out, want, strict=True):
             torch.testing.assert_close(got, expected)

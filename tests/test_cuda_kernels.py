@@ -6,6 +6,7 @@ The back end's glue runs too, on CPU tensors: only the machine that launches is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -114,7 +115,7 @@ def test_any_bits(op, dtype, execution):
 
 # ---- products ----
 
-LARGE = cuda_launch.Device(132, 227 << 10, 228 << 10)
+LARGE = cuda_launch.H100
 SMALL = cuda_launch.Device(
     2, 99 << 10, 100 << 10
 )  # so that larger tiles and fewer splits are chosen
@@ -201,13 +202,21 @@ def test_products(dtype, shape, schedule, execution):
         assert wrong is None, f"{op}: {wrong}"
 
 
-@pytest.fixture
-def tf32():
+@contextlib.contextmanager
+def fp32_precision(setting):
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    yield
-    matmul.fp32_precision = before
+    matmul.fp32_precision = setting
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.fixture
+def tf32():
+    with fp32_precision("tf32"):
+        yield
 
 
 @pytest.mark.parametrize("shape", TF32_SHAPES, ids=lambda s: "-".join(map(str, s[1:])))
@@ -268,19 +277,14 @@ def test_tf32_rounds_operands_alone(execution, tf32):
 
 
 def test_tf32_is_used_where_torch_would_use_it(execution):
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
     x, weight = torch.ones(70, 64), Samples(torch.float32, CPU).packed(8, 64)
-    try:
-        for setting, want in (("ieee", False), ("tf32", True)):
-            matmul.fp32_precision = setting
+    for setting, want in (("ieee", False), ("tf32", True)):
+        with fp32_precision(setting):
             execution.launched.clear()
             cuda.linear_24(x, *weight)
             assert any("tf32" in name for name in execution.launched) == want
             cuda.linear_24(x[:64].T.contiguous().T, *weight)  # k is strided: plain multiply-add
             assert "linear_24_fma<DType::f32>" in execution.launched
-    finally:
-        matmul.fp32_precision = before
 
 
 GRADIENT_SHAPES = [
@@ -587,13 +591,8 @@ few_rows_fp32 = run_products("linear_24", (SMALL, 12, 40, 1664), torch.float32)
 
 
 def many_rows_tf32():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
+    with fp32_precision("tf32"):
         run_products("linear_24", (SMALL, 130, 130, 104), torch.float32)()
-    finally:
-        matmul.fp32_precision = before
 
 
 def run_fma():

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import cuda_model
 from sparsekern.backends import cuda_launch
 
-DEVICE = cuda_model.h100()
+DEVICE = cuda_launch.H100
 SHAPES = sorted({shape for layers in cuda_model.LAYERS.values() for shape in layers.values()})
 
 

@@ -1024,7 +1024,9 @@ def test_checkpointed_blocks_save_their_inputs_only(kind, offloads):
         loss = x.sum()
     total = offload.stats.total
     # With each, torch 2.11 saves an empty tensor of its own too.
-    assert (total.seen - sum(total.kept.values()), total.packed) == (5, {"raw": 5})
+    extra = sum(total.kept.values())
+    assert extra in (0, 5)
+    assert (total.seen - extra, total.packed) == (5, {"raw": 5})
     assert offload.stats.ledger.now == {
         "plain": 5 * 8 * 32 * 4,
         "device": 0,

@@ -72,6 +72,49 @@ __device__ __forceinline__ float activate(float v, int activation) {
   return v;
 }
 
+// y[m, n] from its sum.
+template <DType D>
+__device__ __forceinline__ void finish(const Linear24& a, int64_t m, int64_t n, float sum) {
+  const float bias = a.bias ? load_float<D>(a.bias, n) : 0.0f;
+  store_float<D>(a.y, m * a.N + n, activate(sum + bias, a.activation));
+}
+// The same; or, where K is split, this split's sum to where linear_24_reduce finds it.
+template <DType D>
+__device__ __forceinline__ void finish_split(const Linear24& a, int64_t m, int64_t n, float sum) {
+  if (a.splits > 1) {
+    a.partial[(static_cast<int64_t>(blockIdx.y) * a.M + m) * a.N + n] = sum;
+  } else {
+    finish<D>(a, m, n, sum);
+  }
+}
+
+// Element i of a group, from its nibble and what it keeps.
+template <class T>
+__device__ __forceinline__ T element(int nibble, int i, T first, T second) {
+  return (nibble & 3) == i ? first : (nibble >> 2 & 3) == i ? second : T{0};
+}
+
+// The bytes of a piece of `size` that lie before `left` elements of `item` bytes.
+template <int item>
+__device__ __forceinline__ int clip(int64_t left, int size) {
+  return left <= 0 ? 0 : item * left < size ? static_cast<int>(item * left) : size;
+}
+
+// The first token and feature of this block, of tiles of height x width; eight rows of tiles go through the
+// columns together, so that they share their columns of x in the L2.
+struct Tile24 {
+  int64_t m0, n0;
+};
+template <int height, int width>
+__device__ __forceinline__ Tile24 tile_of_block(int64_t M, int64_t N) {
+  constexpr int kGroup = 8;
+  const int64_t down = (M + height - 1) / height, across = (N + width - 1) / width;
+  const int64_t first = blockIdx.x / (kGroup * across) * kGroup;
+  const int64_t rows = down - first < kGroup ? down - first : kGroup;
+  const int64_t inside = blockIdx.x - first * across;
+  return {(first + inside % rows) * height, inside / rows * width};
+}
+
 // E registers of a prepacked tile of k, in bytes from the start of the packed meta.
 __device__ __forceinline__ int64_t packed_meta_at(int64_t block, int64_t tile, int64_t tiles,
                                                   int lane) {

@@ -85,8 +85,8 @@ __device__ __forceinline__ void fetch(const Linear24& a, typename Shared<kM>::St
 __device__ __forceinline__ void expand(float (&w)[8], const float* kept, int byte) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int nibble = byte >> (i & 4), slot = i / 4 * 2;
-    w[i] = (nibble & 3) == i % 4 ? kept[slot] : (nibble >> 2 & 3) == i % 4 ? kept[slot + 1] : 0.0f;
+    const int slot = i / 4 * 2;
+    w[i] = element(byte >> (i & 4), i % 4, kept[slot], kept[slot + 1]);
   }
 }
 
@@ -176,12 +176,7 @@ __global__ void __launch_bounds__(kThreads, kM <= 8 ? 2 : 1) linear_24_decode_fm
 #pragma unroll
     for (int j = 0; j < S::kGroups; ++j)
       sum += s.sums[m / S::kT * S::kGroups + j][m % S::kT][column];
-    if (a.splits > 1) {
-      a.partial[(static_cast<int64_t>(blockIdx.y) * a.M + m) * a.N + n] = sum;
-    } else {
-      const float bias = a.bias ? load_float<DType::f32>(a.bias, n) : 0.0f;
-      store_float<DType::f32>(a.y, m * a.N + n, activate(sum + bias, a.activation));
-    }
+    finish_split<DType::f32>(a, m, n, sum);
   }
 }
 

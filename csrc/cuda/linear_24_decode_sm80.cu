@@ -227,12 +227,7 @@ __global__ void __launch_bounds__(kThreads, kM <= 16 ? 2 : 1) linear_24_decode_s
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) sum += s.sums[column / 16 * kGroups + j][m][column % 16];
-    if (a.splits > 1) {
-      a.partial[(static_cast<int64_t>(blockIdx.y) * a.M + m) * a.N + n] = sum;
-    } else {
-      const float bias = a.bias ? load_float<D>(a.bias, n) : 0.0f;
-      store_float<D>(a.y, m * a.N + n, activate(sum + bias, a.activation));
-    }
+    finish_split<D>(a, m, n, sum);
   }
 }
 
@@ -243,8 +238,7 @@ __global__ void __launch_bounds__(kThreads) linear_24_reduce(Linear24 a) {
   if (i >= a.M * a.N) return;
   float sum = 0.0f;
   for (int split = 0; split < a.splits; ++split) sum += a.partial[split * a.M * a.N + i];
-  const float bias = a.bias ? load_float<D>(a.bias, i % a.N) : 0.0f;
-  store_float<D>(a.y, i, activate(sum + bias, a.activation));
+  finish<D>(a, i / a.N, i % a.N, sum);
 }
 
 SPARSEKERN_KERNEL(linear_24_decode_sm80<DType::f16, 8, 4, false>);

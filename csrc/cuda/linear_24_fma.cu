@@ -61,7 +61,7 @@ __device__ __forceinline__ void expand(float (&w)[4], const void* values, const 
   const float first = load_float<D>(values, n * (K / 2) + 2 * g);
   const float second = load_float<D>(values, n * (K / 2) + 2 * g + 1);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = (nibble & 3) == i ? first : nibble >> 2 == i ? second : 0.0f;
+  for (int i = 0; i < 4; ++i) w[i] = element(nibble, i, first, second);
 }
 
 // sums[i][j] of this thread over all terms; `load(term0)` fills a and b.
@@ -127,10 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_24_fma(Linear24 a) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t n = tile.j + static_cast<int>(threadIdx.x) % 16 * 4 + j;
-      if (m < a.M && n < a.N) {
-        const float bias = a.bias ? load_float<D>(a.bias, n) : 0.0f;
-        store_float<D>(a.y, m * a.N + n, activate(sums[i][j] + bias, a.activation));
-      }
+      if (m < a.M && n < a.N) finish<D>(a, m, n, sums[i][j]);
     }
   }
 }

@@ -64,10 +64,9 @@ __device__ __forceinline__ void fetch(uint16_t* to, const void* p, int64_t strid
   for (int i = static_cast<int>(threadIdx.x); i < rows * columns / kElements; i += kThreads) {
     const int row = i / (columns / kElements), part = i % (columns / kElements);
     const int64_t left = all_columns - column0 - part * kElements;
-    const bool inside = row0 + row < all_rows && left > 0;
-    const int bytes = !inside ? 0 : 2 * left < kSize ? static_cast<int>(2 * left) : kSize;
+    const int bytes = row0 + row < all_rows ? clip<2>(left, kSize) : 0;
     const auto* from = static_cast<const uint16_t*>(p);
-    if (inside) from += (row0 + row) * stride + column0 + part * kElements;
+    if (bytes) from += (row0 + row) * stride + column0 + part * kElements;
     const int piece =
         columns == kTile ? wide_at(row, part / kParts) : narrow_at(row, part / kParts);
     copy_async<kSize>(to + piece + part % kParts * kElements, from, bytes);

@@ -35,7 +35,6 @@ constexpr int kThreads = 128;
 constexpr int kN = 128, kK = 64, kStages = 3;
 constexpr int kTilesN = 4;      // of 16 features, per warp
 constexpr int kPitch = kN + 4;  // floats; the pad spreads the tokens of a fragment over the banks
-constexpr int kGroup = 8;       // rows of tiles that go through the columns together
 
 // How global memory is read.
 enum { kBy4, kBy16, kPrepacked };
@@ -59,11 +58,6 @@ __device__ __forceinline__ int values_at(int row, int c) {
   return row * (kK / 2) + (c ^ (row >> 1 & 3)) * 8;
 }
 
-// The bytes of a piece of `size` that lie before `left` elements of 2 bytes.
-__device__ __forceinline__ int clip(int64_t left, int size) {
-  return left <= 0 ? 0 : 2 * left < size ? static_cast<int>(2 * left) : size;
-}
-
 // Copies of one tile of k into a stage; nothing is waited for.
 template <int kM, int access>
 __device__ __forceinline__ void fetch(const Linear24& a, typename Shared<kM>::Stage& s, int64_t m0,
@@ -76,7 +70,7 @@ __device__ __forceinline__ void fetch(const Linear24& a, typename Shared<kM>::St
 #pragma unroll 4
   for (int i = thread; i < kM * kK / kElements; i += kThreads) {
     const int row = i / (kK / kElements), part = i % (kK / kElements), k = part * kElements;
-    const int bytes = m0 + row < a.M ? clip(a.K - k0 - k, kSize) : 0;
+    const int bytes = m0 + row < a.M ? clip<2>(a.K - k0 - k, kSize) : 0;
     const uint16_t* from = bytes ? x + (m0 + row) * a.x_stride + k0 + k : x;
     copy_async<kSize>(s.x + x_at(row, part / kParts) + part % kParts * kElements, from, bytes);
   }
@@ -92,7 +86,7 @@ __device__ __forceinline__ void fetch(const Linear24& a, typename Shared<kM>::St
       copy_async<16>(to, bytes ? packed + (piece + row % 8 * 4 + part) * 8 : packed, bytes);
     } else {
       const auto* values = static_cast<const uint16_t*>(a.values);
-      const int bytes = n < a.N ? clip((a.K - k0) / 2 - k, kSize) : 0;
+      const int bytes = n < a.N ? clip<2>((a.K - k0) / 2 - k, kSize) : 0;
       copy_async<kSize>(to, bytes ? values + n * (a.K / 2) + k0 / 2 + k : values, bytes);
     }
   }
@@ -182,11 +176,7 @@ template <DType D, int kM, int access>
 __global__ void __launch_bounds__(kThreads, 2) linear_24_sm80(Linear24 a) {
   constexpr int kTilesM = kM / 16;
   auto& s = shared_memory<Shared<kM>>();
-  const int64_t down = (a.M + kM - 1) / kM, across = (a.N + kN - 1) / kN;
-  const int64_t group = blockIdx.x / (kGroup * across), first = group * kGroup;
-  const int64_t height = down - first < kGroup ? down - first : kGroup;
-  const int64_t inside = blockIdx.x - first * across;
-  const int64_t m0 = (first + inside % height) * kM, n0 = inside / height * kN;
+  const auto [m0, n0] = tile_of_block<kM, kN>(a.M, a.N);
   const int warp = threadIdx.x / 32, row_n = warp / 2 * 64, row_m = warp % 2 * (kM / 2);
 
   const int64_t tiles = (a.K + kK - 1) / kK;

@@ -27,7 +27,6 @@ constexpr int kThreads = 256;
 constexpr int kN = 128, kK = 32, kStages = 2;
 constexpr int kTilesN = 4;      // of 8 features, per warp
 constexpr int kPitch = kN + 4;  // floats; the pad spreads the tokens of a fragment over the banks
-constexpr int kGroup = 8;       // rows of tiles that go through the columns together
 
 // How global memory is read.
 enum { kBy4, kBy16 };
@@ -51,11 +50,6 @@ struct Shared {
 // Where piece c of 4 elements of a row of x or W lies.
 __device__ __forceinline__ int at(int row, int c) { return row * kK + (c ^ (row & 7)) * 4; }
 
-// The bytes of a piece of `size` that lie before `left` elements.
-__device__ __forceinline__ int clip(int64_t left, int size) {
-  return left <= 0 ? 0 : 4 * left < size ? static_cast<int>(4 * left) : size;
-}
-
 // Copies of one tile of k into a stage; nothing is waited for.
 template <int kM, int access>
 __device__ __forceinline__ void fetch(const Linear24& a, typename Shared<kM>::Stage& s, int64_t m0,
@@ -67,7 +61,7 @@ __device__ __forceinline__ void fetch(const Linear24& a, typename Shared<kM>::St
 #pragma unroll 2
   for (int i = thread; i < kM * kK / kElements; i += kThreads) {
     const int row = i / (kK / kElements), k = i % (kK / kElements) * kElements;
-    const int bytes = m0 + row < a.M ? clip(a.K - k0 - k, kSize) : 0;
+    const int bytes = m0 + row < a.M ? clip<4>(a.K - k0 - k, kSize) : 0;
     copy_async<kSize>(s.x + at(row, k / 4) + k % 4,
                       bytes ? x + (m0 + row) * a.x_stride + k0 + k : x, bytes);
   }
@@ -76,7 +70,7 @@ __device__ __forceinline__ void fetch(const Linear24& a, typename Shared<kM>::St
   for (int i = thread; i < kN * kK / 2 / kElements; i += kThreads) {
     const int row = i / (kK / 2 / kElements), j = i % (kK / 2 / kElements) * kElements;
     const int64_t n = n0 + row;
-    const int bytes = n < a.N ? clip((a.K - k0) / 2 - j, kSize) : 0;
+    const int bytes = n < a.N ? clip<4>((a.K - k0) / 2 - j, kSize) : 0;
     copy_async<kSize>(s.values + row * (kK / 2) + j,
                       bytes ? values + n * (a.K / 2) + k0 / 2 + j : values, bytes);
   }
@@ -109,7 +103,7 @@ __device__ __forceinline__ void expand(const typename Shared<kM>::Stage& s, uint
     const uint32_t second = round_to_tf32(s.values[row * (kK / 2) + 2 * group + 1]);
     uint32_t* to = w + at(row, group);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) to[j] = (nibble & 3) == j ? first : nibble >> 2 == j ? second : 0;
+    for (int j = 0; j < 4; ++j) to[j] = element(nibble, j, first, second);
   }
 }
 
@@ -146,11 +140,7 @@ template <int kM, int access>
 __global__ void __launch_bounds__(kThreads, 2) linear_24_tf32_sm80(Linear24 a) {
   constexpr int kTilesM = kM / 32;
   auto& s = shared_memory<Shared<kM>>();
-  const int64_t down = (a.M + kM - 1) / kM, across = (a.N + kN - 1) / kN;
-  const int64_t group = blockIdx.x / (kGroup * across), first = group * kGroup;
-  const int64_t height = down - first < kGroup ? down - first : kGroup;
-  const int64_t inside = blockIdx.x - first * across;
-  const int64_t m0 = (first + inside % height) * kM, n0 = inside / height * kN;
+  const auto [m0, n0] = tile_of_block<kM, kN>(a.M, a.N);
   const int warp = threadIdx.x / 32, row_m = warp / 4 * (kM / 2), row_n = warp % 4 * 32;
 
   fetch<kM, access>(a, s.stage[0], m0, n0, 0);
@@ -185,10 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_24_tf32_sm80(Linear24 a) {
   for (int i = static_cast<int>(threadIdx.x); i < kM * kN; i += kThreads) {
     const int row = i / kN, column = i % kN;
     const int64_t m = m0 + row, n = n0 + column;
-    if (m >= a.M || n >= a.N) continue;
-    const float bias = a.bias ? load_float<DType::f32>(a.bias, n) : 0.0f;
-    store_float<DType::f32>(a.y, m * a.N + n,
-                            activate(s.y[row * kPitch + column] + bias, a.activation));
+    if (m < a.M && n < a.N) finish<DType::f32>(a, m, n, s.y[row * kPitch + column]);
   }
 }
 

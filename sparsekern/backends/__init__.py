@@ -76,10 +76,10 @@ def _log_once(op: str, reason: str) -> None:
     log.warning("%s: %s; a slower back end serves. `sparsekern info` says more", op, reason)
 
 
-def allows_tf32() -> bool:
-    """Whether the user's settings let torch's own products of fp32 multiply in tf32: ``fp32_precision``, or what sets
-    it too, ``allow_tf32`` and ``torch.set_float32_matmul_precision``."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether products may multiply in tf32: those of fp32, where the user's settings let torch's own do so,
+    ``fp32_precision``, or what sets it too, ``allow_tf32`` and ``torch.set_float32_matmul_precision``."""
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def fallback(op: str, reason: str) -> None:

@@ -200,7 +200,7 @@ def _linear_24(x: Tensor, N: int, bias: Tensor | None, activation: str, **weight
         for launch in plan.linear_24_decode(x.dtype, operands, cut, address):
             here.run(launch)
     else:
-        here.run(plan.linear_24_many_rows(here.device, x.dtype, operands, allows_tf32()))
+        here.run(plan.linear_24_many_rows(here.device, x.dtype, operands, allows_tf32(x.dtype)))
     return y
 
 

@@ -40,6 +40,9 @@ class Device:
     shared_per_multiprocessor: int
 
 
+H100 = Device(132, 227 << 10, 228 << 10)  # what is said where there is no device
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -326,7 +329,7 @@ def linear_24_many_rows(
         )
     by16 = by == 16 and o.K % 16 == 0 and o.values % 16 == 0
     access = "kPrepacked" if o.packed else "kBy16" if by16 else "kBy4"
-    rows = _rows_of_tile(device, o)
+    rows = rows_of_tile(device, o)
     vectors = (o.K % 64 == 0 and o.meta % 8 == 0) | (o.N % 8 == 0 and o.y % 16 == 0) << 1
     stage = rows * 128 + 128 * 64 + 128 * 8
     return Launch(
@@ -339,14 +342,15 @@ def linear_24_many_rows(
     )
 
 
-def _rows_of_tile(device: Device, o: Operands) -> int:
+def rows_of_tile(device: Device, o: Operands) -> int:
+    """Of x, in the tiles of the tensor-core kernels; they have 128 features."""
     blocks = ceil_div(o.M, 128) * ceil_div(o.N, 128)
     return 128 if o.M > 64 and blocks >= device.multiprocessors else 64
 
 
 def _linear_24_tf32(device: Device, o: Operands) -> Launch:
     by16 = takes_x_by(o.x, o.x_stride, 1, 4) == 16 and o.K % 8 == 0 and o.values % 16 == 0
-    rows = _rows_of_tile(device, o)
+    rows = rows_of_tile(device, o)
     stages_and_w = 2 * (rows * 128 + 128 * 64 + 128 * 4) + 128 * 128
     return Launch(
         "linear_24_tf32_sm80",

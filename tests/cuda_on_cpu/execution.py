@@ -21,7 +21,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sparsekern.backends.cuda_launch import Device, Launch
+from sparsekern.backends.cuda_launch import H100, Launch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -157,7 +157,7 @@ class Execution:
         self.schedule = 0
         self.launched: set[str] = set()
         # An H100's numbers, so that plans are those of a large device.
-        self.device = Device(132, 227 << 10, 228 << 10)
+        self.device = H100
 
     def kernels(self) -> list[str]:
         names, i = [], 0

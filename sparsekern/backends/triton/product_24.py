@@ -288,7 +288,7 @@ def plan(M: int, N: int, K: int, dtype: torch.dtype, sms: int, config: Config) -
 
 def precision(dtype: torch.dtype) -> str:
     """How products of float32 multiply."""
-    return "tf32" if dtype is torch.float32 and allows_tf32() else "ieee"
+    return "tf32" if allows_tf32(dtype) else "ieee"
 
 
 # ---- launchers ----
