@@ -62,11 +62,11 @@ void pack_a(const uint16_t* x, int64_t stride_row, int64_t stride_column, int64_
 // sums[A][B] of [rows][16] fp32 = (first ? 0 : sums) + a · b over `tiles` tiles. Tiles of a lie
 // a_step elements apart along the summed dimension and a_apart in the next sixteen rows, those of b
 // kTile and b_apart, sums sums_a and sums_b. With P = 2 each tile is a sum of two: a's second lies
-// a_step / 2 on, b's kTile, and all four products are added.
-template <int A, int B, int P = 1>
+// a_step / 2 on, b's kTile, and all four products are added. `beside(t)` is called once a tile.
+template <int A, int B, int P, class Beside>
 void multiply_tiles(const uint16_t* a, int64_t a_step, int64_t a_apart, const uint32_t* b,
                     int64_t b_apart, int64_t tiles, bool first, float* sums, int64_t sums_a,
-                    int64_t sums_b) {
+                    int64_t sums_b, const Beside& beside) {
   // The header's intrinsics do not tell every compiler which memory they read.
   std::atomic_signal_fence(std::memory_order_seq_cst);
   if (first) {
@@ -81,12 +81,7 @@ void multiply_tiles(const uint16_t* a, int64_t a_step, int64_t a_apart, const ui
     if (A == 2 && B == 2) _tile_loadd(3, sums + sums_a + sums_b, 64);
   }
   for (int64_t t = 0; t < tiles; ++t, a += a_step) {
-    // Two lines of each tile of sums of the next A: in L1 for the next call, after eight tiles.
-    for (int i = 0; i < A * B; ++i) {
-      const float* next = sums + A * sums_a + i / B * sums_a + i % B * sums_b + t * 32;
-      __builtin_prefetch(next, 1, 3);
-      __builtin_prefetch(next + 16, 1, 3);
-    }
+    beside(t);
     for (int of_b = 0; of_b < P; ++of_b, b += kTile) {
       _tile_loadd(6, b, 64);
       for (int of_a = 0; of_a < P; ++of_a) {
@@ -113,13 +108,25 @@ void multiply_tiles(const uint16_t* a, int64_t a_step, int64_t a_apart, const ui
 }
 
 // The same for one tile or a pair of a, and of b.
-template <int P = 1>
+template <int P, class Beside>
 void multiply_some(bool pair_a, bool pair_b, const uint16_t* a, int64_t a_step, int64_t a_apart,
                    const uint32_t* b, int64_t b_apart, int64_t tiles, bool first, float* sums,
-                   int64_t sums_a, int64_t sums_b) {
-  const auto one = pair_b ? multiply_tiles<1, 2, P> : multiply_tiles<1, 1, P>;
-  const auto two = pair_b ? multiply_tiles<2, 2, P> : multiply_tiles<2, 1, P>;
-  (pair_a ? two : one)(a, a_step, a_apart, b, b_apart, tiles, first, sums, sums_a, sums_b);
+                   int64_t sums_a, int64_t sums_b, const Beside& beside) {
+  const auto one = pair_b ? multiply_tiles<1, 2, P, Beside> : multiply_tiles<1, 1, P, Beside>;
+  const auto two = pair_b ? multiply_tiles<2, 2, P, Beside> : multiply_tiles<2, 1, P, Beside>;
+  (pair_a ? two : one)(a, a_step, a_apart, b, b_apart, tiles, first, sums, sums_a, sums_b, beside);
+}
+
+// For `beside`: two lines of each tile of sums of the next pair of a: in L1 for the next call, after
+// eight tiles.
+auto sums_ahead(const float* sums, int64_t sums_a, int64_t sums_b) {
+  return [=](int64_t t) {
+    for (int i = 0; i < 4; ++i) {
+      const float* next = sums + 2 * sums_a + i / 2 * sums_a + i % 2 * sums_b + t * 32;
+      __builtin_prefetch(next, 1, 3);
+      __builtin_prefetch(next + 16, 1, 3);
+    }
+  };
 }
 
 }  // namespace

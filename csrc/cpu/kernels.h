@@ -32,11 +32,13 @@ struct Linear24 {
   Activation activation;
 };
 
-// Rows of x as the TILES kernel reads them; rows past `rows`, and k past K, hold zeros.
+// Rows of x as the TILES kernel reads them; rows past `rows`, and k past K, hold zeros. `together`
+// tiles share the memory from `data` on, and this is the one number `place` of them.
 struct XTile {
   void* data;
   int64_t m0;
   int rows, height;
+  int place, together;
 };
 
 // A factor of the gradients, strided in elements: element (m, i) is data[m * stride_m + i *
@@ -107,6 +109,7 @@ struct Linear24Kernels {
   // The choice by M, measured: rows up to the first (packed weights never), then tiles, then panels.
   int64_t max_rows, max_tiles, max_tiles_packed;
   const Linear24Kernels* instead = nullptr;
+  int tiles_together = 1;  // that share memory
 };
 
 // The gradients work on words of 32 bits: an fp32 each, or, where the CPU multiplies pairs of bf16,

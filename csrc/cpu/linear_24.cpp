@@ -55,13 +55,14 @@ bool by_tiles(const Linear24& a, const Linear24Kernels& kernels, int threads) {
   std::vector<XTile> tiles;
   std::atomic<bool> fine{true};
   for (int64_t m = 0; m < a.M; m += kTilePassRows) {
-    const int64_t end = std::min(a.M, m + kTilePassRows);
+    const int64_t end = std::min(a.M, m + kTilePassRows), count = ceil_div(end - m, height);
     tiles.clear();
-    for (int64_t at = m; at < end; at += height) {
-      tiles.push_back({x + static_cast<int64_t>(tiles.size()) * tile_bytes, at,
-                       static_cast<int>(std::min(height, end - at)), static_cast<int>(height)});
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t at = m + t * height, place = t % kernels.tiles_together, first = t - place;
+      tiles.push_back({x + first * tile_bytes, at, static_cast<int>(std::min(height, end - at)),
+                       static_cast<int>(height), static_cast<int>(place),
+                       static_cast<int>(std::min<int64_t>(kernels.tiles_together, count - first))});
     }
-    const auto count = static_cast<int64_t>(tiles.size());
     parallel_for(count, kPackGrain / (height * depth + 1) + 1, 1, threads,
                  [&](int64_t begin, int64_t stop) {
                    for (int64_t t = begin; t < stop; ++t) {

@@ -19,16 +19,21 @@
 //   has no such parts: the call is made again with AVX-512.
 //
 //   for 512 rows of weight and 512 of x     their sums stay in L2: 1 MiB
-//     for chunks of 512 k                   x of a chunk, too: 512 KiB
-//       for pairs of blocks
-//         for halves of the chunk           spread for 256 k, 16 KiB: in L1, as is what meets it of x
-//           for pairs of tiles of x         four tiles of sums, two of x, two of weight: all there are
+//     for chunks of 256 k                   x of a chunk, too: 256 KiB, in one piece
+//       for pairs of blocks                 spread: 16 KiB, in L1, as is what meets it of x
+//         for pairs of tiles of x           four tiles of sums, two of x, two of weight: all there are
+//           for 32 k                        beside them the lines that come next are asked for:
+//                                           a few of the next pair's weight and of the next chunk's x
+//
+//   A canonical weight is read in chunks of 512 k and spread for halves of them.
 //
 // Limited by the bytes of the weight up to some tens of rows of x: 0.56 of a dense product's, asked for
 // 8 KiB ahead, or a core waits for them (2.2 ms in place of 1.5 at 4096 x 4096, 12 GB/s). Beyond by the
 // loads of the tiles of x: a tile product takes 16 cycles, 19 measured with operands from L1, 26 to 29
 // in this loop, as a load from L2 takes 24 (Xeon 6, 3.2 GHz under AMX). Spreading takes four
 // shuffles a group on the one port that shuffles, 32 cycles a tile of weight, for every 512 rows of x.
+// Of 12.6 ns a product in the whole (2048 x 3072 x 768, packed ahead), 9.4 are in that loop and its
+// sums, 1.7 spreading, 1.5 writing y.
 // fp16 has four times the products and twice the loads.
 #include "target.h"
 #if defined(SPARSEKERN_AMX)
@@ -139,43 +144,71 @@ struct Spread {
   }
 };
 
+// Memory asked for a line at a time, beside the products: many lines at once would hold up the loads
+// of the tiles.
+struct Lines {
+  const uint8_t* at = nullptr;
+  int64_t bytes = 0, stride = 0, rows = 0;  // what is left; of the first row from `column` on
+  int64_t column = 0;
+
+  int64_t count() const { return rows * ceil_div(bytes, 64); }
+  bool next() {
+    if (rows == 0) return false;
+    __builtin_prefetch(at + column, 0, 2);
+    column += 64;
+    if (column >= bytes) {
+      column = 0;
+      at += stride;
+      --rows;
+    }
+    return true;
+  }
+};
+
 template <DType D>
 struct LinearAmx {
   using Weight = Blocks<Avx512, D>;
   static constexpr int64_t kTileGroups = 8;
-  // Groups whose x is in L2 at a time: a whole cache line of a row's meta. Groups spread at a time:
-  // two blocks of them and their x are in L1 together.
-  static constexpr int64_t kDepth = 128, kSpread = 64 / kParts<D>;
+  static constexpr int64_t kSpread =
+      64 / kParts<D>;                      // groups: two blocks of them and their x in L1
   static constexpr int64_t kAhead = 8192;  // bytes
   static constexpr int kBlocks = 32;       // of weight that share a chunk of x while it is in L2
   static constexpr int kTiles = 32;        // of x whose sums with them stay in L2
   static constexpr int kFewTiles = 4;      // up to here a packed weight is read as one stream
 
+  // Groups of a chunk. Of the canonical form a whole cache line of a row's meta.
+  static constexpr int64_t kDepth = 128;
+  static int64_t depth(const Linear24& a) { return a.packed ? kSpread : kDepth; }
+
   static bool pack(const Linear24& a, const XTile& tile) {
     if (a.K == 0) return true;  // there may be no memory at all
     const auto* x = static_cast<const uint16_t*>(a.x) + tile.m0 * a.x_stride_m;
-    auto* out = static_cast<uint16_t*>(tile.data);
     const int64_t size = tile.height * kTileSpan;
     __mmask32 odd = 0;
-    if (kParts<D> == 1) {
-      pack_a(x, a.x_stride_m, a.x_stride_k, a.K, tile.rows, tile.height, out);
-      return true;
-    }
-    for (int64_t k = 0; k < a.K; k += kTileSpan, out += 2 * size) {
-      pack_a(x + k * a.x_stride_k, a.x_stride_m, a.x_stride_k,
-             std::min<int64_t>(kTileSpan, a.K - k), tile.rows, tile.height, out);
-      for (int64_t i = 0; i < size; i += kTileSpan) {
-        const __m512i row = _mm512_loadu_si512(out + i);
-        odd |= not_finite(row);
-        for (int half = 0; half < 2; ++half) {
-          const Halves parts(half == 0 ? _mm512_castsi512_si256(row)
-                                       : _mm512_extracti64x4_epi64(row, 1));
-          const auto store = [](uint16_t* to, __m512i upper) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16)));
-          };
-          store(out + i + half * 16, parts.large);
-          store(out + size + i + half * 16, parts.small);
+    for (int64_t chunk = 0; chunk < a.K / 4; chunk += depth(a)) {
+      uint16_t* out = at(a, tile, chunk);
+      const int64_t k0 = 4 * chunk, k1 = std::min(k0 + 4 * depth(a), a.K);
+      if (kParts<D> == 1) {
+        pack_a(x + k0 * a.x_stride_k, a.x_stride_m, a.x_stride_k, k1 - k0, tile.rows, tile.height,
+               out);
+        continue;
+      }
+      for (int64_t k = k0; k < k1; k += kTileSpan, out += 2 * size) {
+        pack_a(x + k * a.x_stride_k, a.x_stride_m, a.x_stride_k,
+               std::min<int64_t>(kTileSpan, k1 - k), tile.rows, tile.height, out);
+        for (int64_t i = 0; i < size; i += kTileSpan) {
+          const __m512i row = _mm512_loadu_si512(out + i);
+          odd |= not_finite(row);
+          for (int half = 0; half < 2; ++half) {
+            const Halves parts(half == 0 ? _mm512_castsi512_si256(row)
+                                         : _mm512_extracti64x4_epi64(row, 1));
+            const auto store = [](uint16_t* to, __m512i upper) {
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                  _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16)));
+            };
+            store(out + i + half * 16, parts.large);
+            store(out + size + i + half * 16, parts.small);
+          }
         }
       }
     }
@@ -185,86 +218,194 @@ struct LinearAmx {
   static bool run(const Linear24& a, const XTile* tiles, int count, int64_t n0, int64_t n1,
                   Scratch& scratch) {
     const int64_t height = tiles[0].height;
-    const int most = count > kFewTiles ? kBlocks : a.packed ? 1 : 2;
-    const int64_t acc_size = height * kBlock;  // of a tile with a block
-    const int64_t acc_room = most * std::min(count, kTiles) * acc_size;
+    const bool few = count <= kFewTiles;
+    const Walk walk{a, tiles, count, n1, few ? a.packed ? 1 : 2 : kBlocks};
+    const int64_t acc_room = walk.most * std::min(count, kTiles) * height * kBlock;
     float* acc =
         scratch.get<float>(acc_room + 2 * kWeightSize + 2 * Weight::room_bytes(kDepth) / 4);
     auto* weight = reinterpret_cast<uint32_t*>(acc + acc_room);
     auto* room = reinterpret_cast<uint8_t*>(weight + 2 * kWeightSize);
     const Tiles configured(static_cast<int>(height));
-    bool fine = true;
-    for (int64_t n = n0; n < n1; n += most * kBlock) {
-      const int64_t end = std::min(n1, n + most * kBlock);
-      for (int t = 0; t < count; t += kTiles) {
-        const int here = std::min(count - t, kTiles);
-        fine &= sum(a, tiles + t, here, n, end, acc, weight, room);
-        write(a, tiles + t, here, n, end, acc);
-      }
+    bool fine = true, more = true;
+    Ahead ahead;
+    for (Place here{n0, 0, 0, 0}, next; more; here = next) {
+      next = here;
+      more = walk.step(&next);
+      if (!few && here.b == 0) walk.x_after(here, &ahead);
+      if (!few && more && a.packed) walk.weight_of(next, &ahead);
+      fine &= multiply(walk, here, few, acc, weight, room, &ahead);
+      if (walk.last(here)) write(walk, here, acc);
     }
     return fine;
   }
 
  private:
-  static constexpr int64_t kWeightSize =
-      kSpread / kTileGroups * kParts<D> * kTile;  // dwords of a block's chunk
+  // Dwords of a block's chunk.
+  static constexpr int64_t kWeightSize = kSpread / kTileGroups * kParts<D> * kTile;
 
-  // acc[blocks][count][height][16] of columns [n, end).
-  static bool sum(const Linear24& a, const XTile* tiles, int count, int64_t n, int64_t end,
-                  float* acc, uint32_t* weight, uint8_t* room) {
-    static const Spread spread;
-    const int64_t groups = a.K / 4, x_step = tiles[0].height * kTileSpan * kParts<D>;
-    const int64_t acc_size = tiles[0].height * kBlock, acc_w = count * acc_size;
-    const int blocks = static_cast<int>(ceil_div(end - n, kBlock));
-    bool fine = true;
-    if (groups == 0) std::memset(acc, 0, sizeof(float) * blocks * acc_w);
-    for (int64_t chunk = 0; chunk < groups; chunk += kDepth) {
-      const int64_t stop = std::min(chunk + kDepth, groups);
-      for (int b = 0; b < blocks; b += 2) {
-        const bool two = b + 1 < blocks;
-        Block block[2];
-        for (int i = 0; i < 1 + two; ++i) {
-          int skip;  // none: the depth is whole words of meta
-          block[i] = Weight::get(a, n + (b + i) * kBlock, chunk, stop - chunk,
-                                 Weight::room(room + i * Weight::room_bytes(kDepth), kDepth), &skip,
-                                 blocks > 2 ? 2 * kBlock : 0);
-        }
-        for (int64_t g = chunk; g < stop; g += kSpread) {
-          const int64_t here = std::min(kSpread, stop - g), along = ceil_div(here, kTileGroups);
-          for (int i = 0; i < 1 + two; ++i) {
-            const Block part = {block[i].values + (g - chunk) * kGroupBytes<D>,
-                                block[i].meta + (g - chunk) / 8 * kBlock};
-            fine &= spread.run<D>(part, here, kAhead, weight + i * kWeightSize);
-          }
-          for (int t = 0; t < count; t += 2) {
-            const auto at = [&](int i) {
-              return static_cast<const uint16_t*>(tiles[i].data) + g / kTileGroups * x_step;
-            };
-            const bool pair = t + 1 < count;
-            multiply_some<kParts<D>>(pair, two, at(t), x_step, pair ? at(t + 1) - at(t) : 0, weight,
-                                     kWeightSize, along, g == 0, acc + b * acc_w + t * acc_size,
-                                     acc_size, acc_w);
-          }
-        }
-      }
+  // What is multiplied at a time: blocks b and b + 1 of those from row n of the weight on, groups of k
+  // from `chunk` on, and the tiles of x from t on.
+  struct Place {
+    int64_t n;
+    int t;
+    int64_t chunk;
+    int b;
+  };
+
+  // What is asked for beside the products of a place.
+  struct Ahead {
+    Lines values, meta, x;
+    int64_t x_each = 0;  // lines of x beside the tiles of a place
+  };
+
+  // The places in order: pairs of blocks, then chunks, then tiles, then rows of the weight.
+  struct Walk {
+    const Linear24& a;
+    const XTile* all;
+    int count;   // of tiles
+    int64_t n1;  // rows of the weight end here
+    int most;    // blocks that share x in L2
+
+    int64_t end(const Place& p) const { return std::min(n1, p.n + most * kBlock); }
+    int blocks(const Place& p) const { return static_cast<int>(ceil_div(end(p) - p.n, kBlock)); }
+    int tiles(const Place& p) const { return std::min(count - p.t, kTiles); }
+    int64_t groups(const Place& p) const { return std::min(depth(a), a.K / 4 - p.chunk); }
+    int64_t along(const Place& p) const { return ceil_div(groups(p), kTileGroups); }
+    int64_t acc_size() const { return all[0].height * kBlock; }  // of a tile with a block
+    int64_t x_step() const { return all[0].height * kTileSpan * kParts<D>; }
+    // Whether its sums are whole, and those of the blocks before.
+    bool last(const Place& p) const {
+      return p.b + 2 >= blocks(p) && p.chunk + depth(a) >= a.K / 4;
     }
+
+    bool step(Place* p) const {
+      p->b += 2;
+      if (p->b < blocks(*p)) return true;
+      p->b = 0;
+      p->chunk += depth(a);
+      if (p->chunk < a.K / 4) return true;
+      p->chunk = 0;
+      p->t += kTiles;
+      if (p->t < count) return true;
+      p->t = 0;
+      p->n += most * kBlock;
+      return p->n < n1;
+    }
+
+    // x of the chunk after that of `p`, a share of it beside each pair of blocks.
+    void x_after(const Place& p, Ahead* ahead) const {
+      Place next = p;
+      next.b = blocks(p);
+      if (!step(&next) || (next.chunk == p.chunk && next.t == p.t)) {
+        ahead->x = {};
+        return;
+      }
+      ahead->x = {reinterpret_cast<const uint8_t*>(at(a, all[next.t], next.chunk)),
+                  tiles(next) * along(next) * x_step() * 2, 0, 1};
+      ahead->x_each = ceil_div(ahead->x.count(), ceil_div(blocks(p), 2));
+    }
+
+    // Of a packed weight; the canonical form is asked for where it is read.
+    void weight_of(const Place& p, Ahead* ahead) const {
+      const int64_t n = p.n + p.b * kBlock, row = a.K / 2 * kItem<D>, meta_row = meta_bytes(a.K);
+      const int64_t blocks = std::min(2, this->blocks(p) - p.b);
+      ahead->values = {a.packed + n * row + p.chunk * kGroupBytes<D>, groups(p) * kGroupBytes<D>,
+                       kBlock * row, blocks};
+      ahead->meta = {a.packed + a.N * row + n * meta_row + p.chunk / 8 * kBlock * 4,
+                     meta_words(groups(p)) * kBlock * 4, kBlock * meta_row, blocks};
+    }
+  };
+
+  // Where the groups of a chunk, from `chunk` on, of a tile begin: chunks one after the other, in each
+  // the tiles one after the other.
+  static uint16_t* at(const Linear24& a, const XTile& tile, int64_t chunk) {
+    const int64_t groups = a.K / 4, step = tile.height * kTileSpan * kParts<D>;
+    const int64_t along = ceil_div(std::min(depth(a), groups - chunk), kTileGroups);
+    return static_cast<uint16_t*>(tile.data) +
+           (chunk / kTileGroups * tile.together + tile.place * along) * step;
+  }
+
+  // acc[blocks][tiles][height][16] of the place += weight · x
+  static bool multiply(const Walk& walk, const Place& p, bool few, float* acc, uint32_t* weight,
+                       uint8_t* room, Ahead* ahead) {
+    static const Spread spread;
+    const int count = walk.tiles(p), blocks = std::min(2, walk.blocks(p) - p.b);
+    const int64_t acc_size = walk.acc_size(), acc_w = count * acc_size;
+    const int64_t groups = walk.groups(p), x_apart = walk.along(p) * walk.x_step();
+    // Lines beside each tile along k.
+    const int64_t steps = std::max<int64_t>(1, ceil_div(count, 2) * walk.along(p));
+    const int64_t each_w = ceil_div(ahead->values.count() + ahead->meta.count(), steps);
+    const int64_t each_x = ceil_div(ahead->x_each, steps);
+    Block block[2] = {};
+    for (int i = 0; i < blocks && groups > 0; ++i) {
+      int skip;  // none: the depth is whole words of meta
+      block[i] = Weight::get(walk.a, p.n + (p.b + i) * kBlock, p.chunk, groups,
+                             Weight::room(room + i * Weight::room_bytes(kDepth), kDepth), &skip,
+                             few ? 0 : 2 * kBlock);
+    }
+    bool fine = true;
+    int64_t g = 0;
+    do {
+      const int64_t here = std::min(kSpread, groups - g);
+      for (int i = 0; i < blocks; ++i) {
+        const Block part = {block[i].values + g * kGroupBytes<D>, block[i].meta + g / 8 * kBlock};
+        fine &= spread.run<D>(part, here, few ? kAhead : 0, weight + i * kWeightSize);
+      }
+      for (int t = 0; t < count; t += 2) {
+        float* sums = acc + p.b * acc_w + t * acc_size;
+        const auto beside = [&, sums_beside = sums_ahead(sums, acc_size, acc_w)](int64_t step) {
+          sums_beside(step);
+          for (int64_t i = 0; i < each_w; ++i)
+            if (!ahead->values.next()) ahead->meta.next();
+          for (int64_t i = 0; i < each_x; ++i) ahead->x.next();
+        };
+        multiply_some<kParts<D>>(
+            t + 1 < count, blocks == 2,
+            at(walk.a, walk.all[p.t + t], p.chunk) + g / kTileGroups * walk.x_step(), walk.x_step(),
+            x_apart, weight, kWeightSize, ceil_div(here, kTileGroups), p.chunk + g == 0, sums,
+            acc_size, acc_w, beside);
+      }
+      g += kSpread;
+    } while (g < groups);  // once where there are none, for sums of zero
     return fine;
   }
 
-  static void write(const Linear24& a, const XTile* tiles, int count, int64_t n, int64_t end,
-                    const float* acc) {
+  // The sums of all blocks up to that of `p`, to y.
+  static void write(const Walk& walk, const Place& p, const float* acc) {
+    const Linear24& a = walk.a;
+    const int64_t n = p.n, end = walk.end(p), acc_w = walk.tiles(p) * walk.acc_size();
     alignas(64) float bias[kBlocks * kBlock];
     load_bias<D>(a, n, end, bias);
-    const int64_t acc_size = tiles[0].height * kBlock, acc_w = count * acc_size;
-    for (int t = 0; t < count; ++t, acc += acc_size) {
-      for (int r = 0; r < tiles[t].rows; ++r) {
+    for (int t = 0; t < walk.tiles(p); ++t, acc += walk.acc_size()) {
+      const XTile& tile = walk.all[p.t + t];
+      for (int r = 0; r < tile.rows; ++r) {
         const float* from = acc + r * kBlock;
-        for (int64_t at = n; at < end; at += kBlock, from += acc_w) {
+        const int64_t to = (tile.m0 + r) * a.N;
+        int64_t at = n;
+        if (D == DType::bf16 && a.activation == Activation::none) {
+          for (; at + 2 * kBlock <= end; at += 2 * kBlock, from += 2 * acc_w)
+            write_pair(from, from + acc_w, bias + (at - n), static_cast<uint16_t*>(a.y) + to + at);
+        }
+        for (; at < end; at += kBlock, from += acc_w) {
           finish<Avx512, D>(from, bias + (at - n),
                             static_cast<int>(std::min<int64_t>(end - at, kBlock)), a.activation,
-                            a.y, (tiles[t].m0 + r) * a.N + at);
+                            a.y, to + at);
         }
       }
+    }
+  }
+
+  // As `finish`, in a third of the instructions.
+  static void write_pair(const float* first, const float* second, const float* bias, uint16_t* y) {
+    const __m512 a = _mm512_add_ps(_mm512_loadu_ps(first), _mm512_load_ps(bias));
+    const __m512 b = _mm512_add_ps(_mm512_loadu_ps(second), _mm512_load_ps(bias + kBlock));
+    constexpr int kDenormal = 0x20;  // would be flushed
+    if (_mm512_fpclass_ps_mask(a, kDenormal) | _mm512_fpclass_ps_mask(b, kDenormal)) {
+      Avx512::store_rounded<DType::bf16>(y, a);
+      Avx512::store_rounded<DType::bf16>(y + kBlock, b);
+    } else {
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
+      std::memcpy(y, &rounded, sizeof rounded);
     }
   }
 };
@@ -276,6 +417,7 @@ constexpr Linear24Kernels with_amx(Linear24Kernels kernels, const Linear24Kernel
   kernels.pack_tile = LinearAmx<D>::pack;
   kernels.tiles = LinearAmx<D>::run;
   kernels.instead = instead;
+  kernels.tiles_together = LinearAmx<D>::kTiles;
   return kernels;
 }
 

@@ -178,10 +178,11 @@ struct DxAmx {
             spread(table, a, n, along, j, next, j == k ? kDepth * meta_bytes(a.K) : 0, weight);
             for (int64_t w = 0; w < kColumns / 16 && j + 16 * w < end; w += 2) {
               for (int64_t t = t0; t < t1; t += 2) {
-                multiply_some(t + 1 < t1, true, data + t * dy.apart + n * height,
-                              kTileSpan * height, dy.apart, weight + w * kWeight, kWeight, along,
-                              n == 0, sums + ((j - k) / 16 + w) * sums_b + (t - t0) * sums_tile,
-                              sums_tile, sums_b);
+                float* here = sums + ((j - k) / 16 + w) * sums_b + (t - t0) * sums_tile;
+                multiply_some<1>(t + 1 < t1, true, data + t * dy.apart + n * height,
+                                 kTileSpan * height, dy.apart, weight + w * kWeight, kWeight, along,
+                                 n == 0, here, sums_tile, sums_b,
+                                 sums_ahead(here, sums_tile, sums_b));
               }
             }
           }
@@ -284,10 +285,11 @@ struct DvaluesAmx {
           for (int64_t t = 0; t < count; t += 2) {
             float* here = sums + (waits ? t * sums_tile : 0);
             for (int64_t w = 0; w < kColumns / 16 && k + 16 * w < k1; w += 2) {
-              multiply_some(t + 1 < count, true,
-                            reinterpret_cast<const uint16_t*>(dy + t * a_tile + d * kTile),
-                            2 * kTile, 2 * a_tile, b + w * a_tile + d * kTile, a_tile, along,
-                            d == 0, here + w * kTile, sums_tile, kTile);
+              multiply_some<1>(t + 1 < count, true,
+                               reinterpret_cast<const uint16_t*>(dy + t * a_tile + d * kTile),
+                               2 * kTile, 2 * a_tile, b + w * a_tile + d * kTile, a_tile, along,
+                               d == 0, here + w * kTile, sums_tile, kTile,
+                               sums_ahead(here + w * kTile, sums_tile, kTile));
             }
             if (d + along < depth) continue;
             for (int64_t at = n + 16 * t; at < std::min(n_end, n + 16 * t + 32); ++at) {
