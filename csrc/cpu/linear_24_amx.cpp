@@ -25,7 +25,7 @@
 //           for 32 k                        beside them the lines that come next are asked for:
 //                                           a few of the next pair's weight and of the next chunk's x
 //
-//   A canonical weight is read in chunks of 512 k and spread for halves of them.
+//   A canonical weight is packed first, 512 rows at a time.
 //
 // Limited by the bytes of the weight up to some tens of rows of x: 0.56 of a dense product's, asked for
 // 8 KiB ahead, or a core waits for them (2.2 ms in place of 1.5 at 4096 x 4096, 12 GB/s). Beyond by the
@@ -169,25 +169,22 @@ template <DType D>
 struct LinearAmx {
   using Weight = Blocks<Avx512, D>;
   static constexpr int64_t kTileGroups = 8;
-  static constexpr int64_t kSpread =
-      64 / kParts<D>;                      // groups: two blocks of them and their x in L1
+  // Groups that are spread, and whose x lies together: two blocks of them and their x are in L1.
+  static constexpr int64_t kSpread = 64 / kParts<D>;
+  static constexpr int64_t kLine = 128;    // of the canonical form: a cache line of a row's meta
   static constexpr int64_t kAhead = 8192;  // bytes
   static constexpr int kBlocks = 32;       // of weight that share a chunk of x while it is in L2
   static constexpr int kTiles = 32;        // of x whose sums with them stay in L2
   static constexpr int kFewTiles = 4;      // up to here a packed weight is read as one stream
-
-  // Groups of a chunk. Of the canonical form a whole cache line of a row's meta.
-  static constexpr int64_t kDepth = 128;
-  static int64_t depth(const Linear24& a) { return a.packed ? kSpread : kDepth; }
 
   static bool pack(const Linear24& a, const XTile& tile) {
     if (a.K == 0) return true;  // there may be no memory at all
     const auto* x = static_cast<const uint16_t*>(a.x) + tile.m0 * a.x_stride_m;
     const int64_t size = tile.height * kTileSpan;
     __mmask32 odd = 0;
-    for (int64_t chunk = 0; chunk < a.K / 4; chunk += depth(a)) {
+    for (int64_t chunk = 0; chunk < a.K / 4; chunk += kSpread) {
       uint16_t* out = at(a, tile, chunk);
-      const int64_t k0 = 4 * chunk, k1 = std::min(k0 + 4 * depth(a), a.K);
+      const int64_t k0 = 4 * chunk, k1 = std::min(k0 + 4 * kSpread, a.K);
       if (kParts<D> == 1) {
         pack_a(x + k0 * a.x_stride_k, a.x_stride_m, a.x_stride_k, k1 - k0, tile.rows, tile.height,
                out);
@@ -219,20 +216,34 @@ struct LinearAmx {
                   Scratch& scratch) {
     const int64_t height = tiles[0].height;
     const bool few = count <= kFewTiles;
-    const Walk walk{a, tiles, count, n1, few ? a.packed ? 1 : 2 : kBlocks};
+    // Read once for 1024 rows of x, a canonical weight is packed first, as many rows as share them.
+    const bool repack = !few && !a.packed;
+    Walk walk{a, a, tiles, count, n1, few ? a.packed ? 1 : 2 : kBlocks, kSpread};
+    if (few) walk.depth = kLine;
     const int64_t acc_room = walk.most * std::min(count, kTiles) * height * kBlock;
+    const int64_t room_groups = repack ? std::max(a.K / 4, kLine) : kLine;
+    const int64_t row = a.K / 2 * kItem<D> + meta_bytes(a.K), packed_rows = walk.most * kBlock;
     float* acc =
-        scratch.get<float>(acc_room + 2 * kWeightSize + 2 * Weight::room_bytes(kDepth) / 4);
+        scratch.get<float>(acc_room + 2 * kWeightSize + 2 * Weight::room_bytes(room_groups) / 4 +
+                           (repack ? packed_rows * row / 4 + 16 : 0));
     auto* weight = reinterpret_cast<uint32_t*>(acc + acc_room);
     auto* room = reinterpret_cast<uint8_t*>(weight + 2 * kWeightSize);
+    uint8_t* packed = room + 2 * Weight::room_bytes(room_groups);
     const Tiles configured(static_cast<int>(height));
     bool fine = true, more = true;
     Ahead ahead;
     for (Place here{n0, 0, 0, 0}, next; more; here = next) {
       next = here;
       more = walk.step(&next);
+      if (repack && here.t == 0 && here.chunk == 0 && here.b == 0) {
+        walk.weight = rows_of(a, here.n, walk.end(here));
+        for (int64_t n = 0; n < walk.weight.N; n += kBlock)
+          Weight::prepack(walk.weight, n, packed, Weight::room(room, room_groups));
+        walk.weight.packed = packed;
+        walk.first = here.n;
+      }
       if (!few && here.b == 0) walk.x_after(here, &ahead);
-      if (!few && more && a.packed) walk.weight_of(next, &ahead);
+      if (!few && more && !(repack && next.n != here.n)) walk.weight_of(next, &ahead);
       fine &= multiply(walk, here, few, acc, weight, room, &ahead);
       if (walk.last(here)) write(walk, here, acc);
     }
@@ -261,28 +272,29 @@ struct LinearAmx {
   // The places in order: pairs of blocks, then chunks, then tiles, then rows of the weight.
   struct Walk {
     const Linear24& a;
+    Linear24 weight;  // of `a`, or some rows of it, packed
     const XTile* all;
-    int count;   // of tiles
-    int64_t n1;  // rows of the weight end here
-    int most;    // blocks that share x in L2
+    int count;          // of tiles
+    int64_t n1;         // rows of the weight end here
+    int most;           // blocks that share x in L2
+    int64_t depth;      // groups of a chunk
+    int64_t first = 0;  // row of the weight that is the first of `weight`
 
     int64_t end(const Place& p) const { return std::min(n1, p.n + most * kBlock); }
     int blocks(const Place& p) const { return static_cast<int>(ceil_div(end(p) - p.n, kBlock)); }
     int tiles(const Place& p) const { return std::min(count - p.t, kTiles); }
-    int64_t groups(const Place& p) const { return std::min(depth(a), a.K / 4 - p.chunk); }
+    int64_t groups(const Place& p) const { return std::min(depth, a.K / 4 - p.chunk); }
     int64_t along(const Place& p) const { return ceil_div(groups(p), kTileGroups); }
     int64_t acc_size() const { return all[0].height * kBlock; }  // of a tile with a block
     int64_t x_step() const { return all[0].height * kTileSpan * kParts<D>; }
     // Whether its sums are whole, and those of the blocks before.
-    bool last(const Place& p) const {
-      return p.b + 2 >= blocks(p) && p.chunk + depth(a) >= a.K / 4;
-    }
+    bool last(const Place& p) const { return p.b + 2 >= blocks(p) && p.chunk + depth >= a.K / 4; }
 
     bool step(Place* p) const {
       p->b += 2;
       if (p->b < blocks(*p)) return true;
       p->b = 0;
-      p->chunk += depth(a);
+      p->chunk += depth;
       if (p->chunk < a.K / 4) return true;
       p->chunk = 0;
       p->t += kTiles;
@@ -305,22 +317,30 @@ struct LinearAmx {
       ahead->x_each = ceil_div(ahead->x.count(), ceil_div(blocks(p), 2));
     }
 
-    // Of a packed weight; the canonical form is asked for where it is read.
     void weight_of(const Place& p, Ahead* ahead) const {
-      const int64_t n = p.n + p.b * kBlock, row = a.K / 2 * kItem<D>, meta_row = meta_bytes(a.K);
-      const int64_t blocks = std::min(2, this->blocks(p) - p.b);
-      ahead->values = {a.packed + n * row + p.chunk * kGroupBytes<D>, groups(p) * kGroupBytes<D>,
-                       kBlock * row, blocks};
-      ahead->meta = {a.packed + a.N * row + n * meta_row + p.chunk / 8 * kBlock * 4,
+      const int64_t n = p.n - first + p.b * kBlock, blocks = std::min(2, this->blocks(p) - p.b);
+      const int64_t row = a.K / 2 * kItem<D>, meta_row = meta_bytes(a.K);
+      ahead->values = {weight.packed + n * row + p.chunk * kGroupBytes<D>,
+                       groups(p) * kGroupBytes<D>, kBlock * row, blocks};
+      ahead->meta = {weight.packed + weight.N * row + n * meta_row + p.chunk / 8 * kBlock * 4,
                      meta_words(groups(p)) * kBlock * 4, kBlock * meta_row, blocks};
     }
   };
 
-  // Where the groups of a chunk, from `chunk` on, of a tile begin: chunks one after the other, in each
-  // the tiles one after the other.
+  // Rows [n, end) of the canonical weight.
+  static Linear24 rows_of(const Linear24& a, int64_t n, int64_t end) {
+    Linear24 part = a;
+    part.values = static_cast<const uint8_t*>(a.values) + n * (a.K / 2) * kItem<D>;
+    part.meta = a.meta + n * meta_bytes(a.K);
+    part.N = end - n;
+    return part;
+  }
+
+  // Where the x of groups from `chunk` on, a multiple of kSpread, begins: chunks of so many groups one
+  // after the other, in each the tiles one after the other.
   static uint16_t* at(const Linear24& a, const XTile& tile, int64_t chunk) {
     const int64_t groups = a.K / 4, step = tile.height * kTileSpan * kParts<D>;
-    const int64_t along = ceil_div(std::min(depth(a), groups - chunk), kTileGroups);
+    const int64_t along = ceil_div(std::min(kSpread, groups - chunk), kTileGroups);
     return static_cast<uint16_t*>(tile.data) +
            (chunk / kTileGroups * tile.together + tile.place * along) * step;
   }
@@ -331,7 +351,7 @@ struct LinearAmx {
     static const Spread spread;
     const int count = walk.tiles(p), blocks = std::min(2, walk.blocks(p) - p.b);
     const int64_t acc_size = walk.acc_size(), acc_w = count * acc_size;
-    const int64_t groups = walk.groups(p), x_apart = walk.along(p) * walk.x_step();
+    const int64_t groups = walk.groups(p);
     // Lines beside each tile along k.
     const int64_t steps = std::max<int64_t>(1, ceil_div(count, 2) * walk.along(p));
     const int64_t each_w = ceil_div(ahead->values.count() + ahead->meta.count(), steps);
@@ -339,9 +359,8 @@ struct LinearAmx {
     Block block[2] = {};
     for (int i = 0; i < blocks && groups > 0; ++i) {
       int skip;  // none: the depth is whole words of meta
-      block[i] = Weight::get(walk.a, p.n + (p.b + i) * kBlock, p.chunk, groups,
-                             Weight::room(room + i * Weight::room_bytes(kDepth), kDepth), &skip,
-                             few ? 0 : 2 * kBlock);
+      block[i] = Weight::get(walk.weight, p.n - walk.first + (p.b + i) * kBlock, p.chunk, groups,
+                             Weight::room(room + i * Weight::room_bytes(kLine), kLine), &skip);
     }
     bool fine = true;
     int64_t g = 0;
@@ -359,11 +378,11 @@ struct LinearAmx {
             if (!ahead->values.next()) ahead->meta.next();
           for (int64_t i = 0; i < each_x; ++i) ahead->x.next();
         };
-        multiply_some<kParts<D>>(
-            t + 1 < count, blocks == 2,
-            at(walk.a, walk.all[p.t + t], p.chunk) + g / kTileGroups * walk.x_step(), walk.x_step(),
-            x_apart, weight, kWeightSize, ceil_div(here, kTileGroups), p.chunk + g == 0, sums,
-            acc_size, acc_w, beside);
+        const int64_t along = ceil_div(here, kTileGroups);
+        multiply_some<kParts<D>>(t + 1 < count, blocks == 2,
+                                 at(walk.a, walk.all[p.t + t], p.chunk + g), walk.x_step(),
+                                 along * walk.x_step(), weight, kWeightSize, along,
+                                 p.chunk + g == 0, sums, acc_size, acc_w, beside);
       }
       g += kSpread;
     } while (g < groups);  // once where there are none, for sums of zero

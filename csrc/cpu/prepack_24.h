@@ -95,11 +95,27 @@ struct Blocks {
               next_rows ? next_rows * meta_row : ceil_div(groups, 2), meta);
   }
 
-  // The block of rows n .. n+15 to its place in `packed`.
+  // Where `get` may put what is not in memory as a block yet.
+  struct Room {
+    uint8_t* values;  // groups * kGroupBytes
+    uint32_t* meta;   // meta_words(groups + 7) * 16
+  };
+  static int64_t room_bytes(int64_t groups) {
+    return ceil_div(groups * kGroupBytes<D> + meta_words(groups + 7) * kBlock * 4, 64) * 64;
+  }
+  static Room room(void* bytes, int64_t groups) {
+    auto* values = static_cast<uint8_t*>(bytes);
+    return {values, reinterpret_cast<uint32_t*>(values + groups * kGroupBytes<D>)};
+  }
+
   static void prepack(const Linear24& a, int64_t n, uint8_t* packed, Scratch& scratch) {
+    prepack(a, n, packed, room(scratch.get<uint8_t>(room_bytes(a.K / 4)), a.K / 4));
+  }
+
+  // The block of rows n .. n+15 to its place in `packed`, with room for all its groups.
+  static void prepack(const Linear24& a, int64_t n, uint8_t* packed, const Room& to) {
     const int64_t groups = a.K / 4, left = a.N - n;
     const int rows = left < kBlock ? static_cast<int>(left) : kBlock;
-    const Room to = room(scratch.get<uint8_t>(room_bytes(groups)), groups);
     uint8_t* values = packed + n * (a.K / 2) * kItem<D>;
     uint8_t* bits = packed + a.N * (a.K / 2) * kItem<D> + n * meta_bytes(a.K);
     from_rows(a, n, rows, 0, groups, kBlock, rows == kBlock ? values : to.values, to.meta);
@@ -113,19 +129,6 @@ struct Blocks {
       for (int r = 0; r < rows; ++r)
         std::memcpy(bits + i * 4 * rows + r * width, to.meta + i * kBlock + r, width);
     }
-  }
-
-  // Where `get` may put what is not in memory as a block yet.
-  struct Room {
-    uint8_t* values;  // groups * kGroupBytes
-    uint32_t* meta;   // meta_words(groups + 7) * 16
-  };
-  static int64_t room_bytes(int64_t groups) {
-    return ceil_div(groups * kGroupBytes<D> + meta_words(groups + 7) * kBlock * 4, 64) * 64;
-  }
-  static Room room(void* bytes, int64_t groups) {
-    auto* values = static_cast<uint8_t*>(bytes);
-    return {values, reinterpret_cast<uint32_t*>(values + groups * kGroupBytes<D>)};
   }
 
   // Groups [g, g + groups) of rows n .. n+15 from either form, g a multiple of 4. `skip` is the
